@@ -1,0 +1,136 @@
+// Package snapshot is the stamp on every record that is read from Postgres: the
+// snapshot that the reading statement ran in, as pg_current_snapshot() prints
+// it. The stamp tells which transactions a record has seen, whatever way and
+// however late the record arrived.
+//
+// https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
+package snapshot
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// A Snapshot is a parsed pg_snapshot. The zero value is "no stamp": it has seen
+// no transaction. Snapshots are immutable.
+type Snapshot struct {
+	xmin, xmax uint64   // all before xmin have ended; none from xmax on has
+	xip        []uint64 // in progress, xmin <= x < xmax, ascending
+}
+
+// Parse reads the text form "xmin:xmax:xip,xip,...".
+func Parse(s string) (Snapshot, error) {
+	minText, rest, ok1 := strings.Cut(s, ":")
+	maxText, list, ok2 := strings.Cut(rest, ":")
+	xmin, err1 := parseXID(minText)
+	xmax, err2 := parseXID(maxText)
+	if !ok1 || !ok2 || err1 != nil || err2 != nil || xmin == 0 || xmin > xmax {
+		return Snapshot{}, fmt.Errorf("snapshot: %q is not xmin:xmax:xip_list", s)
+	}
+	snap := Snapshot{xmin: xmin, xmax: xmax}
+	if list == "" {
+		return snap, nil
+	}
+	snap.xip = make([]uint64, 0, strings.Count(list, ",")+1)
+	for item := range strings.SplitSeq(list, ",") {
+		x, err := parseXID(item)
+		if err != nil || x < xmin || x >= xmax || len(snap.xip) > 0 && x <= snap.xip[len(snap.xip)-1] {
+			return Snapshot{}, fmt.Errorf("snapshot: bad transaction %q in %q", item, s)
+		}
+		snap.xip = append(snap.xip, x)
+	}
+	return snap, nil
+}
+
+// parseXID reads a decimal xid8 in the one form that Postgres prints, so that
+// Parse and String are each other's inverse.
+func parseXID(s string) (uint64, error) {
+	x, err := strconv.ParseUint(s, 10, 64)
+	if err == nil && s[0] == '0' && s != "0" {
+		return 0, strconv.ErrSyntax
+	}
+	return x, err
+}
+
+// String is the form that Parse reads; empty for the zero Snapshot.
+func (s Snapshot) String() string {
+	if s.IsZero() {
+		return ""
+	}
+	b := strconv.AppendUint(nil, s.xmin, 10)
+	b = append(b, ':')
+	b = strconv.AppendUint(b, s.xmax, 10)
+	b = append(b, ':')
+	for i, x := range s.xip {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendUint(b, x, 10)
+	}
+	return string(b)
+}
+
+// IsZero reports whether s is "no stamp".
+func (s Snapshot) IsZero() bool { return s.xmin == 0 }
+
+// Sees reports whether the effects of transaction x, once it has committed, are
+// visible in s.
+func (s Snapshot) Sees(x uint64) bool {
+	if x < s.xmin {
+		return true
+	}
+	if x >= s.xmax {
+		return false
+	}
+	_, inProgress := slices.BinarySearch(s.xip, x)
+	return !inProgress
+}
+
+// A Collector receives the stamp of the read that is made under its context. It
+// travels in the context, and not in the answer, so that stores wrapped in a
+// caller's own decorators keep their stamps, and so that "absent" has one too.
+type Collector struct {
+	mu    sync.Mutex
+	reads int
+	snap  Snapshot
+}
+
+type collectorKey struct{}
+
+// Collect returns a context for one read, and the Collector of its stamp.
+func Collect(ctx context.Context) (context.Context, *Collector) {
+	c := new(Collector)
+	return context.WithValue(ctx, collectorKey{}, c), c
+}
+
+// Report stamps the read under way with text, the pg_current_snapshot() of the
+// statement that read. Without a Collector in ctx it does nothing.
+func Report(ctx context.Context, text string) {
+	c, ok := ctx.Value(collectorKey{}).(*Collector)
+	if !ok {
+		return
+	}
+	snap, err := Parse(text)
+	if err != nil {
+		snap = Snapshot{} // an unreadable stamp is no stamp
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reads++
+	c.snap = snap
+}
+
+// Snapshot returns the collected stamp. It is zero unless exactly one read
+// reported: an answer put together from several reads has no one snapshot.
+func (c *Collector) Snapshot() Snapshot {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reads != 1 {
+		return Snapshot{}
+	}
+	return c.snap
+}
