@@ -1,0 +1,235 @@
+package migrations_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/migrations"
+)
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
+
+func TestFS(t *testing.T) {
+	if err := fstest.TestFS(migrations.FS, "0001_init.sql"); err != nil {
+		t.Error(err)
+	}
+	files, err := migrations.FS.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, file := range files {
+		if want := regexp.MustCompile(fmt.Sprintf(`^%04d_[a-z0-9_]+\.sql$`, i+1)); !want.MatchString(file.Name()) {
+			t.Errorf("%s does not match %s", file.Name(), want)
+		}
+	}
+}
+
+// TestApplyAgain: what has been applied is not applied again, and data stay.
+func TestApplyAgain(t *testing.T) {
+	pool := testservers.Postgres(t) // applies once
+	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
+	for range 2 {
+		if err := migrations.Apply(t.Context(), pool); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var plans, applied int
+	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
+		Scan(&plans, &applied)
+	if err != nil || plans != 1 || applied != 1 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 1", plans, applied, err)
+	}
+}
+
+// TestApplyTogether: replicas that start at once and all migrate.
+func TestApplyTogether(t *testing.T) {
+	pool := testservers.Postgres(t)
+	exec(t, pool, `DROP TABLE api_keys, org_plans, plan_catalogue, apikey_migrations;
+		DROP FUNCTION apikey_announce_key, apikey_announce_plan, apikey_announce_all`)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			if err := migrations.Apply(t.Context(), pool); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	exec(t, pool, `SELECT key_hash FROM api_keys`)
+}
+
+// TestApplyAllOrNothing: a migration that fails leaves nothing behind.
+func TestApplyAllOrNothing(t *testing.T) {
+	pool := testservers.Postgres(t)
+	exec(t, pool, `DROP TABLE api_keys, apikey_migrations`) // org_plans stands in the way
+	err := migrations.Apply(t.Context(), pool)
+	if err == nil || !strings.Contains(err.Error(), "0001_init.sql") {
+		t.Errorf("Apply = %v, want an error that names the file", err)
+	}
+	var left *string
+	if err := pool.QueryRow(t.Context(), `SELECT to_regclass('api_keys')::text`).Scan(&left); err != nil || left != nil {
+		t.Errorf("api_keys is there after a failure: %v, %v", left, err)
+	}
+}
+
+// TestConstraints: rows that authentication could not make sense of do not get in.
+func TestConstraints(t *testing.T) {
+	pool := testservers.Postgres(t)
+	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true);
+		INSERT INTO api_keys (org_id, key_hash) VALUES ('taken', sha256('taken'))`)
+	for name, sql := range map[string]string{
+		"hash too short":     `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', '\x00')`,
+		"hash missing":       `INSERT INTO api_keys (org_id) VALUES ('o')`,
+		"hash taken":         `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('taken'))`,
+		"no organisation":    `INSERT INTO api_keys (org_id, key_hash) VALUES ('', sha256('k'))`,
+		"long organisation":  `INSERT INTO api_keys (org_id, key_hash) VALUES (repeat('o', 256), sha256('k'))`,
+		"key to infinity":    `INSERT INTO api_keys (org_id, key_hash, expires_at) VALUES ('o', sha256('k'), 'infinity')`,
+		"active unknown":     `INSERT INTO api_keys (org_id, key_hash, active) VALUES ('o', sha256('k'), NULL)`,
+		"plan unknown":       `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'gold', 'active')`,
+		"plan of nobody":     `INSERT INTO org_plans (org_id, plan, status) VALUES ('', 'starter', 'active')`,
+		"no status":          `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', '')`,
+		"plan to infinity":   `INSERT INTO org_plans (org_id, plan, status, ends_at) VALUES ('o', 'starter', 'active', 'infinity')`,
+		"tier without a say": `INSERT INTO plan_catalogue (name) VALUES ('gold')`,
+		"tier without name":  `INSERT INTO plan_catalogue VALUES ('', true)`,
+	} {
+		if _, err := pool.Exec(t.Context(), sql); err == nil {
+			t.Errorf("%s: got in by %s", name, sql)
+		}
+	}
+}
+
+// TestAnnouncements: each change of what authentication reads is announced, once
+// a subject, by the transaction that made it; nothing else is.
+func TestAnnouncements(t *testing.T) {
+	pool := testservers.Postgres(t)
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
+		t.Fatal(err)
+	}
+	subject := func(key string) string {
+		var s string
+		if err := pool.QueryRow(t.Context(), `SELECT encode(substring(sha256($1::text::bytea), 1, 8), 'hex')`, key).Scan(&s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	k1, k2, k3 := "key "+subject("1"), "key "+subject("2"), "key "+subject("3")
+	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false);
+		CREATE TABLE organisations (id text PRIMARY KEY);
+		INSERT INTO organisations VALUES ('gone');
+		ALTER TABLE api_keys ADD COLUMN usage bigint NOT NULL DEFAULT 0`)
+
+	for _, c := range []struct {
+		name string
+		sql  string
+		want []string
+	}{
+		{"insert keys", `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('1')), ('o', sha256('2'))`, []string{k1, k2}},
+		{"deactivate", `UPDATE api_keys SET active = false WHERE key_hash = sha256('1')`, []string{k1}},
+		{"deactivate again", `UPDATE api_keys SET active = false WHERE key_hash = sha256('1')`, nil},
+		{"expire", `UPDATE api_keys SET expires_at = now() WHERE key_hash = sha256('1')`, []string{k1}},
+		{"move", `UPDATE api_keys SET org_id = 'p' WHERE key_hash = sha256('1')`, []string{k1}},
+		{"new id", `UPDATE api_keys SET id = gen_random_uuid() WHERE key_hash = sha256('1')`, []string{k1}},
+		{"new hash", `UPDATE api_keys SET key_hash = sha256('3') WHERE key_hash = sha256('1')`, []string{k1, k3}},
+		{"last used", `UPDATE api_keys SET last_used_at = now()`, nil},
+		{"name, hint", `UPDATE api_keys SET name = 'n', hint = 'h', created_at = now()`, nil},
+		{"a user's counter", `UPDATE api_keys SET usage = usage + 1`, nil},
+		{"twice in a transaction", `BEGIN; UPDATE api_keys SET active = true; UPDATE api_keys SET active = false; COMMIT`, []string{k2, k3}},
+		{"rolled back", `BEGIN; UPDATE api_keys SET active = NOT active; ROLLBACK`, nil},
+		{
+			"savepoints", `BEGIN; SAVEPOINT a; UPDATE api_keys SET active = NOT active WHERE key_hash = sha256('2'); RELEASE a;
+			SAVEPOINT b; UPDATE api_keys SET active = NOT active WHERE key_hash = sha256('3'); ROLLBACK TO b; COMMIT`,
+			[]string{k2},
+		},
+		{
+			"by another trigger", `CREATE FUNCTION off() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.active := false; RETURN NEW; END';
+			CREATE TRIGGER off BEFORE UPDATE OF name ON api_keys FOR EACH ROW EXECUTE FUNCTION off();
+			UPDATE api_keys SET name = 'x' WHERE key_hash = sha256('2');
+			DROP TRIGGER off ON api_keys`,
+			[]string{k2},
+		},
+		{"delete", `DELETE FROM api_keys WHERE key_hash = sha256('2')`, []string{k2}},
+		{
+			"delete the organisation", `UPDATE api_keys SET org_id = 'gone';
+			ALTER TABLE api_keys ADD FOREIGN KEY (org_id) REFERENCES organisations ON DELETE CASCADE;
+			DELETE FROM organisations`,
+			[]string{k3},
+		},
+		{"truncate keys", `TRUNCATE api_keys`, []string{"all"}},
+
+		{"subscribe", `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active'), ('a b', 'basic', 'active')`, []string{"plan a b", "plan o"}},
+		{"payment fails", `UPDATE org_plans SET status = 'payment_failed' WHERE org_id = 'o'`, []string{"plan o"}},
+		{"renew", `UPDATE org_plans SET ends_at = now() + '1 month' WHERE org_id = 'o'`, []string{"plan o"}},
+		{"renew again, the same", `UPDATE org_plans SET ends_at = ends_at WHERE org_id = 'o'`, nil},
+		{"downgrade", `UPDATE org_plans SET plan = 'basic' WHERE org_id = 'o'`, []string{"plan o"}},
+		{"rename an organisation", `UPDATE org_plans SET org_id = 'p' WHERE org_id = 'o'`, []string{"plan o", "plan p"}},
+		{"not read", `UPDATE org_plans SET created_at = now()`, nil},
+		{"rename a tier", `UPDATE plan_catalogue SET name = 'free' WHERE name = 'basic'`, []string{"plan a b", "plan p"}},
+		{"tier gets the API", `UPDATE plan_catalogue SET api_access = true WHERE name = 'free'`, []string{"all"}},
+		{"new tier", `INSERT INTO plan_catalogue VALUES ('gold', true)`, nil},
+		{"unsubscribe", `DELETE FROM org_plans WHERE org_id = 'p'`, []string{"plan p"}},
+		{"truncate plans", `TRUNCATE org_plans`, []string{"all"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			exec(t, pool, c.sql)
+			var got []string
+			for _, payload := range announced(t, conn, pool) {
+				kind, rest, _ := strings.Cut(payload, " ")
+				xid, subject, _ := strings.Cut(rest, " ")
+				var status *string
+				err := pool.QueryRow(t.Context(), `SELECT pg_xact_status($1::text::xid8)`, xid).Scan(&status)
+				if err != nil || status == nil || *status != "committed" {
+					t.Errorf("%s names a transaction that is %v, %v", payload, status, err)
+				}
+				got = append(got, strings.TrimSpace(kind+" "+subject))
+			}
+			slices.Sort(got)
+			got = slices.Compact(got) // two transactions may announce the same
+			slices.Sort(c.want)
+			if !slices.Equal(got, c.want) {
+				t.Errorf("announced %q, want %q", got, c.want)
+			}
+		})
+	}
+}
+
+// announced returns what conn has been sent so far.
+func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []string) {
+	t.Helper()
+	exec(t, pool, `NOTIFY apikey_changes, 'end'`) // notices arrive in the order of commits
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for {
+		n, err := conn.WaitForNotification(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n.Payload == "end" {
+			return payloads
+		}
+		payloads = append(payloads, n.Payload)
+	}
+}
+
+func exec(t *testing.T, pool *pgxpool.Pool, sql string) {
+	t.Helper()
+	if _, err := pool.Exec(t.Context(), sql); err != nil {
+		t.Fatalf("%v\n%s", err, sql)
+	}
+}
