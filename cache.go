@@ -1,0 +1,556 @@
+package apikey
+
+// The read-through cache: memory -> Redis -> store. Facts are kept with the time
+// and the Postgres snapshot they were read in, and judged when they are used, by
+// what has been announced since: see layer.usable. So nothing that arrives late
+// or out of order can do harm, and nothing needs to be deleted.
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/sealed"
+	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/table"
+)
+
+const (
+	minSecretLen = 32
+	minStaleness = 100 * time.Millisecond
+
+	redisBudget  = 50 * time.Millisecond  // for one GET or SET
+	storeBudget  = 500 * time.Millisecond // for one lookup, the wait for a slot included
+	storeSlots   = 8                      // lookups at once
+	pendingSets  = 64                     // SETs at once; beyond, the record stays in memory only
+	absentSlots  = 1024                   // so a flood of made-up keys takes no memory
+	redisKeyRoot = "apikey:1:"
+
+	// A refusal needs better facts than an admission: a customer who has just paid
+	// tries again at once.
+	refusalStaleness = time.Second
+)
+
+// CacheOptions are the optional parts of a [Cache].
+type CacheOptions struct {
+	// MaxStaleness bounds how long a change can go unnoticed when its announcement
+	// cannot be received: the age up to which facts then admit a request without
+	// being read again. Facts that refuse one are read again after one second
+	// already. At least 100 ms. Defaults to 10 s.
+	MaxStaleness time.Duration
+
+	// RefreshAfter is the age at which facts are read again although no change of
+	// them was announced, and so bounds how long a change goes unnoticed that no
+	// trigger announces. It is also the time to live of records in Redis. At least
+	// MaxStaleness. Defaults to 5 min, or MaxStaleness if that is more.
+	RefreshAfter time.Duration
+
+	// MemoryEntries is the number of keys, and also of plans, that are held in the
+	// process. It is rounded up to a power of two; negative turns the layer off.
+	// Defaults to 32,768.
+	MemoryEntries int
+}
+
+// CacheStats counts what a [Cache] has done since it was made. Memory hits are
+// not among it: a counter that all cores share would cost more than the hit.
+type CacheStats struct {
+	RedisHits     uint64 // answered by a record in Redis
+	RedisMisses   uint64 // no record in Redis that may be used
+	RedisRejected uint64 // of the misses: the value was not sealed by us for its name
+	RedisErrors   uint64 // GET or SET failed or took over 50 ms
+	StoreReads    uint64 // lookups in a store
+	StoreErrors   uint64 // of these: could not look
+
+	FeedLive      bool   // announcements are known to arrive; false until Watch is under way
+	FeedErr       error  // why the last session of Watch ended, or none began; nil if none was tried
+	Announcements uint64 // changes that were announced
+	Unannounced   uint64 // changes that were found when facts were read again, and had not been: look at the triggers
+}
+
+// A Cache remembers what the stores behind it answered, in this process and in
+// Redis. It is safe for concurrent use.
+//
+// Redis is not trusted and cannot fail a request: what is slow, missing or not
+// sealed under the secret is a miss. Absent keys and plans are held in the
+// process only, and errors nowhere.
+type Cache struct {
+	rdb                 redis.UniversalClient
+	sealer              *sealed.Sealer
+	log                 *feed.Log
+	watching            atomic.Bool
+	maxStaleness        time.Duration // of facts that admit
+	maxRefusalStaleness time.Duration // of facts that refuse
+	refreshAfter        time.Duration
+	slots, sets         chan struct{}
+	keys                *layer[KeyHash, Key]
+	plans               *layer[string, Plan]
+
+	redisHits, redisMisses, redisRejected, redisErrors, storeReads, storeErrors atomic.Uint64
+}
+
+// NewCache returns a Cache on rdb, which stays the caller's to close. All replicas
+// share one secret of at least 32 random bytes; a new one empties the cache. The
+// client must have ContextTimeoutEnabled set. opts may be nil. It panics where
+// one of these is not so.
+//
+// The age of a record that another replica read is told by the clocks of both
+// machines, so they should be kept in step (NTP).
+func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cache {
+	var o CacheOptions
+	if opts != nil {
+		o = *opts
+	}
+	if o.MaxStaleness == 0 {
+		o.MaxStaleness = 10 * time.Second
+	}
+	if o.RefreshAfter == 0 {
+		o.RefreshAfter = max(5*time.Minute, o.MaxStaleness)
+	}
+	if o.MemoryEntries == 0 {
+		o.MemoryEntries = 32_768
+	}
+	switch {
+	case rdb == nil:
+		panic("apikey: NewCache: rdb is nil: pass a Redis client")
+	case !honoursContext(rdb):
+		panic("apikey: NewCache: set ContextTimeoutEnabled: true in the options of the Redis client; " +
+			"without it the client ignores deadlines, and a frozen Redis holds up requests for seconds")
+	case len(secret) < minSecretLen:
+		panic(fmt.Sprintf("apikey: NewCache: the secret has %d bytes: use at least %d random ones", len(secret), minSecretLen))
+	case o.MaxStaleness < minStaleness:
+		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.MaxStaleness is %v: use at least %v", o.MaxStaleness, minStaleness))
+	case o.RefreshAfter < o.MaxStaleness:
+		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.RefreshAfter is %v: use at least MaxStaleness, %v", o.RefreshAfter, o.MaxStaleness))
+	}
+
+	c := &Cache{
+		rdb:                 rdb,
+		sealer:              sealed.NewSealer(secret),
+		log:                 feed.NewLog(o.MaxStaleness),
+		maxStaleness:        o.MaxStaleness,
+		maxRefusalStaleness: min(o.MaxStaleness, refusalStaleness),
+		refreshAfter:        o.RefreshAfter,
+		slots:               make(chan struct{}, storeSlots),
+		sets:                make(chan struct{}, pendingSets),
+	}
+	c.keys = &layer[KeyHash, Key]{
+		cache:  c,
+		name:   func(h KeyHash) string { return redisKeyRoot + "key:" + hex.EncodeToString(h[:]) },
+		topic:  func(h KeyHash) string { return "key " + hex.EncodeToString(h[:8]) },
+		admits: Key.live,
+		encode: encodeKey,
+		decode: decodeKey,
+	}
+	c.keys.makeTables(o.MemoryEntries, func(h KeyHash) uint64 { return binary.LittleEndian.Uint64(h[:]) })
+	c.plans = &layer[string, Plan]{
+		cache:  c,
+		name:   func(orgID string) string { return redisKeyRoot + "plan:" + orgID },
+		topic:  func(orgID string) string { return "plan " + orgID },
+		admits: Plan.AllowsAPI,
+		encode: encodePlan,
+		decode: decodePlan,
+	}
+	seed := maphash.MakeSeed()
+	c.plans.makeTables(o.MemoryEntries, func(orgID string) uint64 { return maphash.String(seed, orgID) })
+	return c
+}
+
+// honoursContext reports whether a deadline ends a command of rdb. A client of
+// the caller's own making is taken at its word.
+func honoursContext(rdb redis.UniversalClient) bool {
+	switch client := rdb.(type) {
+	case *redis.Client:
+		return client.Options().ContextTimeoutEnabled
+	case *redis.ClusterClient:
+		return client.Options().ContextTimeoutEnabled
+	case *redis.Ring:
+		return client.Options().ContextTimeoutEnabled
+	}
+	return true
+}
+
+// Stats returns the counters as they are now.
+func (c *Cache) Stats() CacheStats {
+	return CacheStats{
+		RedisHits:     c.redisHits.Load(),
+		RedisMisses:   c.redisMisses.Load(),
+		RedisRejected: c.redisRejected.Load(),
+		RedisErrors:   c.redisErrors.Load(),
+		StoreReads:    c.storeReads.Load(),
+		StoreErrors:   c.storeErrors.Load(),
+		FeedLive:      c.log.Live(c.log.State(), time.Now()),
+		FeedErr:       c.log.Fault(),
+		Announcements: c.log.Announcements(),
+		Unannounced:   c.log.Unannounced(),
+	}
+}
+
+// Watch follows the changes that the triggers of the migrations announce, until
+// ctx ends; then it returns nil. While it does, a change takes effect as soon as
+// it is announced, and facts are used for up to RefreshAfter. Otherwise, and
+// while it cannot, MaxStaleness is the bound. Faults do not end it: it tries
+// again, and [Cache.Stats] tells.
+//
+// The pool must be the one that the stores read from, on the primary. One of its
+// connections is taken out for LISTEN, and four times in MaxStaleness a NOTIFY
+// goes through it. A pooler in transaction mode does not deliver announcements;
+// the bound is MaxStaleness then. It is an error to watch twice at a time.
+func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
+	if pool == nil {
+		return errors.New("apikey: Cache.Watch: pool is nil: pass the pool that the stores read from")
+	}
+	if !c.watching.CompareAndSwap(false, true) {
+		return errors.New("apikey: Cache.Watch: this Cache is being watched already")
+	}
+	defer c.watching.Store(false)
+	feed.Follow(ctx, pool, c.log)
+	return nil
+}
+
+// Keys returns next behind the cache. All key stores behind one Cache share its
+// records, so they must hold the same keys. It panics if next is nil.
+func (c *Cache) Keys(next KeyStore) KeyStore {
+	if next == nil {
+		panic("apikey: Cache.Keys: next is nil: pass the KeyStore to read through to")
+	}
+	return &cachedKeys{c.keys, next}
+}
+
+// Plans returns next behind the cache. All plan stores behind one Cache share its
+// records, so they must hold the same plans. It panics if next is nil.
+func (c *Cache) Plans(next PlanStore) PlanStore {
+	if next == nil {
+		panic("apikey: Cache.Plans: next is nil: pass the PlanStore to read through to")
+	}
+	return &cachedPlans{c.plans, next}
+}
+
+type cachedKeys struct {
+	layer *layer[KeyHash, Key]
+	next  KeyStore
+}
+
+// Key implements [KeyStore].
+func (k *cachedKeys) Key(ctx context.Context, h KeyHash) (Key, error) {
+	key, _, err := k.keyAt(ctx, h, time.Now())
+	return key, err
+}
+
+func (k *cachedKeys) keyAt(ctx context.Context, h KeyHash, now time.Time) (Key, time.Time, error) {
+	if rec := k.layer.recall(h, now); rec != nil {
+		key, err := rec.answer()
+		return key, now, err
+	}
+	key, err := k.layer.fetch(ctx, h, k.next.Key)
+	return key, time.Now(), err
+}
+
+type cachedPlans struct {
+	layer *layer[string, Plan]
+	next  PlanStore
+}
+
+// Plan implements [PlanStore].
+func (p *cachedPlans) Plan(ctx context.Context, orgID string) (Plan, error) {
+	plan, _, err := p.planAt(ctx, orgID, time.Now())
+	return plan, err
+}
+
+func (p *cachedPlans) planAt(ctx context.Context, orgID string, now time.Time) (Plan, time.Time, error) {
+	if rec := p.layer.recall(orgID, now); rec != nil {
+		plan, err := rec.answer()
+		return plan, now, err
+	}
+	plan, err := p.layer.fetch(ctx, orgID, p.next.Plan)
+	return plan, time.Now(), err
+}
+
+// A layer is the cache of one kind of facts: S is what they are looked up by,
+// V what is known.
+type layer[S comparable, V any] struct {
+	cache   *Cache
+	name    func(S) string // in Redis
+	topic   func(S) string // in announcements
+	admits  func(V, time.Time) bool
+	encode  func([]byte, V) []byte
+	decode  func(*sealed.Decoder) V
+	found   *table.Table[S, record[V]]
+	absent  *table.Table[S, record[V]] // apart, so that it cannot push out what was found
+	flights singleflight.Group
+}
+
+// A record is what one read told.
+type record[V any] struct {
+	value    V
+	found    bool
+	snapshot snapshot.Snapshot          // of the reading statement; zero if the store has none
+	readAt   time.Time                  // before the statement was sent
+	cleared  atomic.Pointer[feed.State] // the last state of the log in which it was not refuted
+}
+
+func (r *record[V]) answer() (V, error) {
+	if !r.found {
+		return r.value, ErrNotFound
+	}
+	return r.value, nil
+}
+
+func (l *layer[S, V]) makeTables(entries int, hash func(S) uint64) {
+	l.found = table.New[S, record[V]](entries, hash)
+	l.absent = table.New[S, record[V]](min(entries, absentSlots), hash)
+}
+
+// usable reports whether rec may decide a request at now. It may not if a change
+// is announced that it has not seen. Otherwise it may while it is young, and
+// longer while every change is known to be announced.
+func (l *layer[S, V]) usable(subject S, rec *record[V], now time.Time) bool {
+	log := l.cache.log
+	state := log.State()
+	if rec.cleared.Load() != state {
+		if log.Refuted(l.topic(subject), rec.snapshot) {
+			return false
+		}
+		rec.cleared.Store(state)
+	}
+	age := feed.Age(rec.readAt, now)
+	return age < l.cache.maxRefusalStaleness ||
+		age < l.cache.refreshAfter && log.Live(state, now) && state.Covers(rec.snapshot, rec.readAt) ||
+		age < l.cache.maxStaleness && rec.found && l.admits(rec.value, now)
+}
+
+// recall returns the record in memory that may decide a request at now, or nil.
+func (l *layer[S, V]) recall(subject S, now time.Time) *record[V] {
+	rec := l.held(subject)
+	if rec == nil || !l.usable(subject, rec, now) {
+		return nil
+	}
+	return rec
+}
+
+// held returns the record in memory, whatever it is worth, or nil.
+func (l *layer[S, V]) held(subject S) *record[V] {
+	if rec := l.found.Get(subject); rec != nil {
+		return rec
+	}
+	return l.absent.Get(subject)
+}
+
+// remember puts rec in the memory.
+func (l *layer[S, V]) remember(subject S, rec *record[V]) {
+	if rec.found {
+		l.found.Put(subject, rec)
+		return
+	}
+	l.absent.Put(subject, rec)
+	l.found.Delete(subject) // recall looks there first
+}
+
+// fetch gets the facts of subject from Redis or by load. All who ask for one
+// subject at the same time share one flight; a caller that goes away leaves it.
+func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (V, error) {
+	var none V
+	name := l.name(subject)
+	for asked := time.Now(); ; {
+		landed := l.flights.DoChan(name, func() (any, error) {
+			started := time.Now()
+			rec, err := l.fly(context.WithoutCancel(ctx), subject, name, load)
+			return flight[V]{rec, started}, err
+		})
+		select {
+		case result := <-landed:
+			if result.Err != nil {
+				return none, result.Err
+			}
+			// A flight that had started before this request may have missed a change that
+			// was announced before it. The next one cannot have.
+			flight := result.Val.(flight[V])
+			if !flight.started.Before(asked) || l.usable(subject, flight.rec, time.Now()) {
+				return flight.rec.answer()
+			}
+		case <-ctx.Done():
+			return none, context.Cause(ctx)
+		}
+	}
+}
+
+// A flight is what a flight brought, and when it started.
+type flight[V any] struct {
+	rec     *record[V]
+	started time.Time
+}
+
+// fly is one flight. It runs on a goroutine of its own, where a panic would end
+// the process.
+func (l *layer[S, V]) fly(
+	ctx context.Context, subject S, name string, load func(context.Context, S) (V, error),
+) (rec *record[V], err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			l.cache.storeErrors.Add(1)
+			err = fmt.Errorf("apikey: the store panicked: %v", p)
+		}
+	}()
+	if rec := l.recall(subject, time.Now()); rec != nil {
+		return rec, nil // the flight before this one has just landed
+	}
+	if rec := l.get(ctx, subject, name); rec != nil {
+		l.remember(subject, rec)
+		return rec, nil
+	}
+	rec, err = l.read(ctx, subject, load)
+	if err != nil {
+		return nil, err
+	}
+	l.compare(subject, rec)
+	l.remember(subject, rec)
+	if rec.found {
+		l.set(ctx, name, rec)
+	}
+	return rec, nil
+}
+
+// read asks the store.
+func (l *layer[S, V]) read(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], error) {
+	ctx, cancel := context.WithTimeout(ctx, storeBudget)
+	defer cancel()
+	select {
+	case l.cache.slots <- struct{}{}:
+		defer func() { <-l.cache.slots }()
+	case <-ctx.Done():
+		l.cache.storeErrors.Add(1)
+		return nil, fmt.Errorf("apikey: no lookup slot was free: %w", ctx.Err())
+	}
+
+	l.cache.storeReads.Add(1)
+	ctx, stamp := snapshot.Collect(ctx)
+	readAt := time.Now()
+	value, err := load(ctx, subject)
+	rec := &record[V]{snapshot: stamp.Snapshot(), readAt: readAt}
+	switch {
+	case err == nil:
+		rec.found, rec.value = true, value
+	case !errors.Is(err, ErrNotFound):
+		l.cache.storeErrors.Add(1)
+		return nil, err
+	}
+	return rec, nil
+}
+
+// compare looks for a change that nothing announced: other facts than those in
+// memory, which no announcement has refuted while all should have been received.
+func (l *layer[S, V]) compare(subject S, rec *record[V]) {
+	old := l.held(subject)
+	if old == nil || old.found == rec.found && bytes.Equal(l.encode(nil, old.value), l.encode(nil, rec.value)) {
+		return
+	}
+	log, topic := l.cache.log, l.topic(subject)
+	if log.State().Covers(old.snapshot, old.readAt) && !log.Refuted(topic, old.snapshot) {
+		log.Suspect(topic, old.snapshot, time.Now())
+	}
+}
+
+// get returns the usable record in Redis, or nil.
+func (l *layer[S, V]) get(ctx context.Context, subject S, name string) *record[V] {
+	ctx, cancel := context.WithTimeout(ctx, redisBudget)
+	defer cancel()
+	value, err := l.cache.rdb.Get(ctx, name).Bytes()
+	switch {
+	case errors.Is(err, redis.Nil):
+		l.cache.redisMisses.Add(1)
+		return nil
+	case err != nil:
+		l.cache.redisErrors.Add(1)
+		return nil
+	}
+	rec := l.open(name, value)
+	if rec == nil {
+		l.cache.redisRejected.Add(1)
+	}
+	// A record from the future comes from a replica whose clock is ahead, and would
+	// live too long.
+	if now := time.Now(); rec == nil || feed.Age(rec.readAt, now) < 0 || !l.usable(subject, rec, now) {
+		l.cache.redisMisses.Add(1)
+		return nil
+	}
+	l.cache.redisHits.Add(1)
+	return rec
+}
+
+// set puts rec in Redis without holding up the flight. When Redis is too slow to
+// keep up, or away, other replicas read for themselves.
+func (l *layer[S, V]) set(ctx context.Context, name string, rec *record[V]) {
+	select {
+	case l.cache.sets <- struct{}{}:
+	default:
+		return
+	}
+	go func() {
+		defer func() { <-l.cache.sets }()
+		ctx, cancel := context.WithTimeout(ctx, redisBudget)
+		defer cancel()
+		if err := l.cache.rdb.Set(ctx, name, l.seal(name, rec), l.cache.refreshAfter).Err(); err != nil {
+			l.cache.redisErrors.Add(1)
+		}
+	}()
+}
+
+func (l *layer[S, V]) seal(name string, rec *record[V]) []byte {
+	body := sealed.AppendTime(nil, rec.readAt)
+	body = sealed.AppendString(body, rec.snapshot.String())
+	return l.cache.sealer.Seal(name, l.encode(body, rec.value))
+}
+
+// open is the inverse of seal; nil for a value that seal did not make.
+func (l *layer[S, V]) open(name string, value []byte) *record[V] {
+	body, ok := l.cache.sealer.Open(name, value)
+	if !ok {
+		return nil
+	}
+	d := sealed.NewDecoder(body)
+	rec := &record[V]{found: true, readAt: d.Time()}
+	if text := d.String(); text != "" {
+		snap, err := snapshot.Parse(text)
+		if err != nil {
+			return nil
+		}
+		rec.snapshot = snap
+	}
+	rec.value = l.decode(d)
+	if !d.Done() {
+		return nil
+	}
+	return rec
+}
+
+func encodeKey(b []byte, k Key) []byte {
+	b = sealed.AppendString(b, k.ID)
+	b = sealed.AppendString(b, k.OrgID)
+	b = sealed.AppendBool(b, k.Active)
+	return sealed.AppendTime(b, k.ExpiresAt)
+}
+
+func decodeKey(d *sealed.Decoder) Key {
+	return Key{ID: d.String(), OrgID: d.String(), Active: d.Bool(), ExpiresAt: d.Time()}
+}
+
+func encodePlan(b []byte, p Plan) []byte {
+	b = sealed.AppendString(b, p.Name)
+	b = sealed.AppendString(b, string(p.Status))
+	b = sealed.AppendBool(b, p.APIAccess)
+	return sealed.AppendTime(b, p.EndsAt)
+}
+
+func decodePlan(d *sealed.Decoder) Plan {
+	return Plan{Name: d.String(), Status: PlanStatus(d.String()), APIAccess: d.Bool(), EndsAt: d.Time()}
+}

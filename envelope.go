@@ -1,0 +1,172 @@
+package apikey
+
+// The error values, and the one place that writes them. The texts are a contract
+// with customers' programs: they change in a new version of the API, or not at all.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"strconv"
+)
+
+// An Error is an answer to the customer, in the envelope that all errors of the
+// API share. Services may declare their own and answer with [WriteError].
+// Errors are matched by Code:
+//
+//	errors.Is(err, apikey.ErrPlanExpired)
+type Error struct {
+	StatusCode    int    // HTTP status, 400 to 599
+	StatusMessage string // short label
+	Message       string // what is wrong, for people
+	Code          string // what is wrong, for programs
+}
+
+// Error returns the code and the message.
+func (e *Error) Error() string { return e.Code + ": " + e.Message }
+
+// Is reports whether target is an *Error of the same Code.
+func (e *Error) Is(target error) bool {
+	t, ok := target.(*Error)
+	return ok && t != nil && t.Code == e.Code
+}
+
+// The refusals of [Middleware]. They must not be modified.
+var (
+	// ErrAuthorizationHeaderMissing: the request has no Authorization field.
+	ErrAuthorizationHeaderMissing = &Error{
+		http.StatusUnauthorized, "Authentication token header is missing",
+		"Authorization header is missing", "AUTHORIZATION_HEADER_MISSING",
+	}
+	// ErrInvalidAPIKeySchema: the Authorization field is not of the Bearer scheme.
+	ErrInvalidAPIKeySchema = &Error{
+		http.StatusUnauthorized, "Invalid authentication token schema",
+		"Authorization header must start with 'Bearer'", "INVALID_API_KEY_SCHEMA",
+	}
+	// ErrAPIKeyMissing: nothing follows Bearer.
+	ErrAPIKeyMissing = &Error{
+		http.StatusUnauthorized, "Authentication token is missing",
+		"API key value is missing", "API_KEY_MISSING",
+	}
+	// ErrInvalidAPIKey: the key is malformed, unknown, deactivated, deleted or
+	// expired. Which of these is not told.
+	ErrInvalidAPIKey = &Error{
+		http.StatusUnauthorized, "Authentication failed",
+		"Provided API key is invalid or inactive", "INVALID_API_KEY",
+	}
+	// ErrPlanExpired: the key is live, but the organisation's plan does not pass
+	// [Plan.AllowsAPI].
+	ErrPlanExpired = &Error{
+		http.StatusUnauthorized, "Upgrade required",
+		"Upgrade required to use Trackpilots APIs", "PLAN_EXPIRED",
+	}
+	// ErrUnavailable: whether the key is good could not be found out. It says
+	// nothing about the key; clients should try again.
+	ErrUnavailable = &Error{
+		http.StatusServiceUnavailable, "Service unavailable",
+		"Authentication is temporarily unavailable", "SERVICE_UNAVAILABLE",
+	}
+)
+
+// errInternal stands in for errors that have no envelope of their own. Their
+// texts are for the log and never reach the customer.
+var errInternal = &Error{
+	http.StatusInternalServerError, "Internal server error",
+	"An unexpected error occurred", "INTERNAL_SERVER_ERROR",
+}
+
+// bodies holds the replies that never change.
+var bodies = map[*Error]string{}
+
+func init() {
+	for _, e := range []*Error{
+		ErrAuthorizationHeaderMissing, ErrInvalidAPIKeySchema, ErrAPIKeyMissing,
+		ErrInvalidAPIKey, ErrPlanExpired, ErrUnavailable, errInternal,
+	} {
+		bodies[e] = e.body()
+	}
+}
+
+// body is the envelope as compact JSON.
+func (e *Error) body() string {
+	type detail struct {
+		Message string `json:"message"`
+		Code    string `json:"code"`
+	}
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	_ = enc.Encode(struct { // cannot fail: nothing but strings and an int
+		Success       bool      `json:"success"`
+		StatusCode    int       `json:"statusCode"`
+		StatusMessage string    `json:"statusMessage"`
+		Data          *struct{} `json:"data"`
+		Error         detail    `json:"error"`
+	}{false, e.StatusCode, e.StatusMessage, nil, detail{e.Message, e.Code}})
+	return string(bytes.TrimSuffix(b.Bytes(), []byte("\n")))
+}
+
+// WriteError answers r with the envelope of the [*Error] that err is or wraps.
+// Any other error, nil, and a StatusCode that is no error status are answered
+// with status 500 and a fixed text: err itself is never shown.
+//
+// Headers that describe some other body (Content-Encoding, ETag, Last-Modified)
+// are removed. A 401 carries the challenge of RFC 6750, section 3, in the realm
+// of the Middleware that r passed, or "api". The body is left out for HEAD.
+func WriteError(w http.ResponseWriter, r *http.Request, err error) {
+	e, ok := errors.AsType[*Error](err)
+	if !ok || e == nil || e.StatusCode < 400 || e.StatusCode > 599 {
+		e = errInternal
+	}
+	body, ok := bodies[e]
+	if !ok {
+		body = e.body()
+	}
+
+	h := w.Header()
+	for _, name := range []string{"Content-Encoding", "Etag", "Last-Modified"} {
+		h.Del(name)
+	}
+	h.Set("Content-Type", "application/json; charset=utf-8")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Add("Vary", "Authorization")
+	if e.StatusCode == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", challenge(e, realmFromContext(r.Context())))
+	}
+	if e.Code == ErrUnavailable.Code {
+		h.Set("Retry-After", "1")
+	}
+	w.WriteHeader(e.StatusCode)
+	if r.Method != http.MethodHead {
+		_, _ = io.WriteString(w, body) // a client that has gone needs no answer
+	}
+}
+
+// challenge is the WWW-Authenticate value of a 401. RFC 6750, section 3.1, has
+// no code for a missing or foreign scheme, nor for an unpaid plan.
+func challenge(e *Error, realm string) string {
+	c := `Bearer realm="` + realm + `"`
+	switch e.Code {
+	case ErrAPIKeyMissing.Code:
+		c += `, error="invalid_request"`
+	case ErrInvalidAPIKey.Code:
+		c += `, error="invalid_token"`
+	}
+	return c
+}
+
+const defaultRealm = "api"
+
+type realmKey struct{}
+
+func realmFromContext(ctx context.Context) string {
+	if realm, ok := ctx.Value(realmKey{}).(string); ok {
+		return realm
+	}
+	return defaultRealm
+}

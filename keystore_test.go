@@ -1,0 +1,205 @@
+package apikey_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+func TestHashKey(t *testing.T) {
+	for _, key := range []string{"", "k", keyformat.New(keyformat.Live), strings.Repeat("x", 64), strings.Repeat("x", 512)} {
+		if got, want := apikey.HashKey(key), sha256.Sum256([]byte(key)); got != want {
+			t.Errorf("HashKey(%d bytes) = %x, want %x", len(key), got, want)
+		}
+	}
+}
+
+func TestPostgresKeyStore(t *testing.T) {
+	pool := testservers.Postgres(t)
+	store := apikey.NewPostgresKeyStore(pool)
+	expiry := time.Date(2031, 2, 3, 4, 5, 6, 789_000, time.FixedZone("", 3600))
+	for name, want := range map[string]apikey.Key{
+		"live":        {OrgID: "org_1", Active: true},
+		"deactivated": {OrgID: "org_1"},
+		"expiring":    {OrgID: "org 2/ü'\"", Active: true, ExpiresAt: expiry},
+		"epoch":       {OrgID: "org_1", Active: true, ExpiresAt: time.Unix(0, 0)}, // is not "never"
+		"far away":    {OrgID: "org_1", Active: true, ExpiresAt: time.Date(12345, 1, 1, 0, 0, 0, 0, time.UTC)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := apikey.HashKey(name)
+			var expiresAt *time.Time
+			if !want.ExpiresAt.IsZero() {
+				expiresAt = &want.ExpiresAt
+				want.ExpiresAt = want.ExpiresAt.UTC()
+			}
+			err := pool.QueryRow(t.Context(), `INSERT INTO api_keys (org_id, key_hash, active, expires_at)
+				VALUES ($1, $2, $3, $4) RETURNING id::text`, want.OrgID, h[:], want.Active, expiresAt).Scan(&want.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := store.Key(t.Context(), h); err != nil || got != want {
+				t.Errorf("Key = %+v, %v, want %+v", got, err, want)
+			}
+		})
+	}
+	if got, err := store.Key(t.Context(), apikey.HashKey("unknown")); !errors.Is(err, apikey.ErrNotFound) || got != (apikey.Key{}) {
+		t.Errorf("Key of an unknown hash = %+v, %v, want ErrNotFound", got, err)
+	}
+}
+
+// TestStoresAreStamped: both answers of both stores tell the snapshot that they
+// were read in, and it is the statement's own.
+func TestStoresAreStamped(t *testing.T) {
+	w := newPostgresWorld(t)
+	apiKey, org := w.enrol(t, live, paid)
+	for name, read := range map[string]func(context.Context) error{
+		"key":         func(ctx context.Context) error { _, err := w.Key(ctx, apikey.HashKey(apiKey)); return err },
+		"absent key":  func(ctx context.Context) error { _, err := w.Key(ctx, apikey.HashKey("")); return err },
+		"plan":        func(ctx context.Context) error { _, err := w.Plan(ctx, org.ID); return err },
+		"absent plan": func(ctx context.Context) error { _, err := w.Plan(ctx, "nobody"); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			// One transaction that has ended before the read, one that is open during it.
+			xid := func(db interface {
+				QueryRow(context.Context, string, ...any) pgx.Row
+			}) (x uint64) {
+				if err := db.QueryRow(t.Context(), `SELECT pg_current_xact_id()::text::bigint`).Scan(&x); err != nil {
+					t.Fatal(err)
+				}
+				return x
+			}
+			open, err := w.pool.Begin(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer open.Rollback(context.WithoutCancel(t.Context())) //nolint:errcheck // the connection goes with the database
+			running, ended := xid(open), xid(w.pool)
+
+			ctx, stamp := snapshot.Collect(t.Context())
+			if err := read(ctx); err != nil && !errors.Is(err, apikey.ErrNotFound) {
+				t.Fatal(err)
+			}
+			later := xid(w.pool)
+			got := stamp.Snapshot()
+			if !got.Sees(ended) || got.Sees(running) || got.Sees(later) {
+				t.Errorf("snapshot %s sees ended %d: %v, running %d: %v, later %d: %v; want true, false, false",
+					got, ended, got.Sees(ended), running, got.Sees(running), later, got.Sees(later))
+			}
+		})
+	}
+}
+
+// TestStoresCouldNotLook: what is not an answer is not ErrNotFound.
+func TestStoresCouldNotLook(t *testing.T) {
+	pool := testservers.Postgres(t)
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	closed, err := pgxpool.New(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	empty := testservers.Postgres(t)
+	mustExec(t, empty, `DROP TABLE api_keys, org_plans`)
+
+	for name, c := range map[string]struct {
+		ctx context.Context
+		db  apikey.DB
+	}{
+		"cancelled":   {cancelled, pool},
+		"pool closed": {t.Context(), closed},
+		"no tables":   {t.Context(), empty},
+	} {
+		_, keyErr := apikey.NewPostgresKeyStore(c.db).Key(c.ctx, apikey.HashKey("k"))
+		_, planErr := apikey.NewPostgresPlanStore(c.db).Plan(c.ctx, "org_1")
+		for _, err := range []error{keyErr, planErr} {
+			if err == nil || errors.Is(err, apikey.ErrNotFound) || !strings.HasPrefix(err.Error(), "apikey: reading ") {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+}
+
+// TestStoresOnAnyDB: the stores work on a pool, a connection and a transaction.
+func TestStoresOnAnyDB(t *testing.T) {
+	w := newPostgresWorld(t)
+	apiKey, org := w.enrol(t, live, paid)
+	conn, err := w.pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	tx, err := conn.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, db := range map[string]apikey.DB{"pool": w.pool, "transaction": tx, "connection": conn.Conn()} {
+		key, err := apikey.NewPostgresKeyStore(db).Key(t.Context(), apikey.HashKey(apiKey))
+		if err != nil || key.ID != org.KeyID {
+			t.Errorf("%s: Key = %+v, %v", name, key, err)
+		}
+		plan, err := apikey.NewPostgresPlanStore(db).Plan(t.Context(), org.ID)
+		if err != nil || plan != org.Plan {
+			t.Errorf("%s: Plan = %+v, %v", name, plan, err)
+		}
+	}
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLookupsUseIndexes shows the plans of the two statements on tables of a
+// size at which a scan would hurt.
+func TestLookupsUseIndexes(t *testing.T) {
+	pool := testservers.Postgres(t)
+	mustExec(t, pool, `
+		INSERT INTO plan_catalogue SELECT 'plan' || i, true FROM generate_series(1, 5) i;
+		INSERT INTO org_plans (org_id, plan, status)
+			SELECT 'org' || i, 'plan' || 1 + i % 5, 'active' FROM generate_series(1, 20000) i;
+		INSERT INTO api_keys (org_id, key_hash)
+			SELECT 'org' || i, sha256(i::text::bytea) FROM generate_series(1, 20000) i;
+		ANALYZE`)
+	scan := regexp.MustCompile(`"Seq Scan"[^}]*"(api_keys|org_plans)"`)
+	h := apikey.HashKey("123")
+	for _, c := range []struct {
+		sql   string
+		arg   any
+		index string
+	}{
+		{apikey.KeySQL, h[:], "api_keys_key_hash_key"},
+		{apikey.PlanSQL, "org123", "org_plans_pkey"},
+	} {
+		// Both ways in which a prepared statement may come to run.
+		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
+			conn, err := pool.Acquire(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := conn.Exec(t.Context(), "SET plan_cache_mode = "+mode); err != nil {
+				t.Fatal(err)
+			}
+			var plan json.RawMessage
+			err = conn.QueryRow(t.Context(), "EXPLAIN (ANALYZE, FORMAT JSON) "+c.sql, c.arg).Scan(&plan)
+			conn.Release()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(string(plan), `"Index Name": "`+c.index+`"`) || scan.Match(plan) {
+				t.Errorf("%s: the lookup does not use %s alone:\n%s", mode, c.index, plan)
+			}
+		}
+	}
+}

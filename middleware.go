@@ -1,0 +1,309 @@
+// Package apikey authenticates the API keys of organisations in front of any
+// net/http handler, and answers the requests that it refuses with the error
+// envelope that customers program against.
+//
+//	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
+//	cache := apikey.NewCache(rdb, secret, nil)
+//	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), nil)
+//	http.ListenAndServe(addr, auth.Handler(mux))
+//
+// A request passes three questions, in this order. Does its Authorization header
+// hold a key? Is the key live? Does the plan of the organisation it belongs to
+// include the API? A handler behind the middleware finds the organisation with
+// [OrgFromContext].
+//
+// Stores answer with facts: a [Key], a [Plan], or [ErrNotFound]. The verdict is
+// reached for each request, with the clock. What a store cannot find out is never
+// a refusal: it is [ErrUnavailable], status 503.
+//
+// A [Cache] stands between the middleware and its stores. It remembers facts in
+// the process and in Redis, with the time at which they were read, and judges
+// their age when they are used.
+package apikey
+
+// The way in: header -> key -> plan -> organisation in the context, or a refusal.
+// Where the facts come from is keystore.go, planstore.go and cache.go; how a
+// refusal is written is envelope.go.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/trackpilots/apikey/internal/keyformat"
+)
+
+// An Org is an authenticated organisation: who the request is from, by which
+// key, and on which plan.
+type Org struct {
+	ID    string
+	KeyID string
+	Plan  Plan
+}
+
+// A Decision is what became of one request.
+type Decision struct {
+	Code     string        // "" if admitted, else the Code of the refusal
+	Err      error         // nil if admitted, else the refusal, with its cause if it was ErrUnavailable
+	OrgID    string        // "" unless a key was found
+	KeyID    string        // "" unless a key was found
+	Duration time.Duration // how long the decision took
+}
+
+// Options are the optional parts of a [Middleware].
+type Options struct {
+	// Realm is the realm of the WWW-Authenticate challenge: printable ASCII
+	// without quote and backslash. Defaults to "api".
+	Realm string
+
+	// ErrorHandler answers a request that is refused. The error is or wraps one of
+	// the *Error values of this package. It must write a response: one that writes
+	// nothing sends status 200. Defaults to [WriteError].
+	ErrorHandler func(w http.ResponseWriter, r *http.Request, err error)
+
+	// Observe is called with every decision, before the handler runs, for metrics
+	// and audit. It must be safe for concurrent use, and requests wait for it.
+	// Defaults to none.
+	Observe func(ctx context.Context, d Decision)
+}
+
+// A Middleware admits the requests of organisations whose key is live and whose
+// plan includes the API, and refuses all others. It is safe for concurrent use.
+type Middleware struct {
+	keys  timedKeyStore
+	plans timedPlanStore
+	opts  Options
+}
+
+// The stores as a request asks them. It reads the clock once, since that costs
+// more than what a known key needs of the cache; a store that took its time
+// returns the time at which it answered.
+type (
+	timedKeyStore interface {
+		keyAt(ctx context.Context, h KeyHash, now time.Time) (Key, time.Time, error)
+	}
+	timedPlanStore interface {
+		planAt(ctx context.Context, orgID string, now time.Time) (Plan, time.Time, error)
+	}
+	untimedKeys  struct{ KeyStore }
+	untimedPlans struct{ PlanStore }
+)
+
+func (s untimedKeys) keyAt(ctx context.Context, h KeyHash, _ time.Time) (Key, time.Time, error) {
+	key, err := s.Key(ctx, h)
+	return key, time.Now(), err
+}
+
+func (s untimedPlans) planAt(ctx context.Context, orgID string, _ time.Time) (Plan, time.Time, error) {
+	plan, err := s.Plan(ctx, orgID)
+	return plan, time.Now(), err
+}
+
+// New returns a Middleware on the two stores; opts may be nil. It panics on a nil
+// store and on options that cannot work.
+func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
+	if keys == nil || plans == nil {
+		panic("apikey: New: a store is nil: pass a KeyStore and a PlanStore")
+	}
+	m := &Middleware{keys: untimedKeys{keys}, plans: untimedPlans{plans}}
+	if timed, ok := keys.(timedKeyStore); ok {
+		m.keys = timed
+	}
+	if timed, ok := plans.(timedPlanStore); ok {
+		m.plans = timed
+	}
+	if opts != nil {
+		m.opts = *opts
+	}
+	if m.opts.Realm == "" {
+		m.opts.Realm = defaultRealm
+	}
+	for _, c := range []byte(m.opts.Realm) {
+		if c < ' ' || c > '~' || c == '"' || c == '\\' {
+			panic(fmt.Sprintf("apikey: New: Options.Realm %q: use printable ASCII without quote and backslash", m.opts.Realm))
+		}
+	}
+	if m.opts.ErrorHandler == nil {
+		m.opts.ErrorHandler = WriteError
+	}
+	return m
+}
+
+// Handler returns a handler that calls next for the requests that it admits, with
+// the organisation in their context, and answers all others itself. Its method
+// value is a func(http.Handler) http.Handler. It panics if next is nil.
+//
+// Every request is authenticated, whatever its method and path: wrap what is to
+// be protected and nothing else. That means the router as a whole, since routers
+// tend to answer 404 and 405 without the middleware that is mounted inside them.
+// CORS belongs outside: a preflight carries no key.
+func (m *Middleware) Handler(next http.Handler) http.Handler {
+	if next == nil {
+		panic("apikey: Middleware.Handler: next is nil: pass the handler to protect")
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if m.opts.Realm != defaultRealm {
+			r = r.WithContext(context.WithValue(r.Context(), realmKey{}, m.opts.Realm))
+		}
+		org, err := m.Authenticate(r)
+		if err != nil {
+			m.opts.ErrorHandler(w, r, err)
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(ContextWithOrg(r.Context(), org)))
+	})
+}
+
+// Authenticate decides on r without answering it. The error is nil, or is or
+// wraps one of the *Error values of this package; then the Org is zero.
+//
+//   - No Authorization field: [ErrAuthorizationHeaderMissing]. Keys in other
+//     fields, the query, cookies or the body do not count.
+//   - Another scheme than Bearer, or none: [ErrInvalidAPIKeySchema].
+//   - Bearer and nothing else: [ErrAPIKeyMissing].
+//   - A repeated field, a key that is not one token68 of at most 512 bytes, or
+//     one that is unknown, deactivated, deleted or expired: [ErrInvalidAPIKey].
+//   - A live key whose plan does not pass: [ErrPlanExpired].
+//   - A store could not look: [ErrUnavailable], wrapping the cause.
+func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
+	if m.opts.Observe == nil {
+		org, err := m.decide(r)
+		if err != nil {
+			return Org{}, err
+		}
+		return org, nil
+	}
+
+	start := time.Now()
+	org, err := m.decide(r)
+	d := Decision{Err: err, OrgID: org.ID, KeyID: org.KeyID, Duration: time.Since(start)}
+	if e, ok := errors.AsType[*Error](err); ok {
+		d.Code = e.Code
+		org = Org{}
+	}
+	m.opts.Observe(r.Context(), d)
+	return org, err
+}
+
+// decide is Authenticate, but names the organisation as soon as it is known.
+func (m *Middleware) decide(r *http.Request) (Org, error) {
+	apiKey, err := bearerKey(r.Header["Authorization"])
+	if err != nil {
+		return Org{}, err
+	}
+	if !keyformat.Plausible(apiKey) {
+		return Org{}, ErrInvalidAPIKey
+	}
+
+	key, now, err := m.keys.keyAt(r.Context(), HashKey(apiKey), time.Now())
+	if errors.Is(err, ErrNotFound) {
+		return Org{}, ErrInvalidAPIKey
+	}
+	if err == nil && key.OrgID == "" {
+		err = errors.New("apikey: the KeyStore returned a key without OrgID")
+	}
+	if err != nil {
+		return Org{}, unavailable(err)
+	}
+	org := Org{ID: key.OrgID, KeyID: key.ID}
+	if !key.live(now) {
+		return org, ErrInvalidAPIKey // before the plan: a dead key learns nothing of it
+	}
+
+	org.Plan, now, err = m.plans.planAt(r.Context(), key.OrgID, now)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return org, unavailable(err)
+	}
+	if err != nil || !org.Plan.AllowsAPI(now) {
+		return org, ErrPlanExpired
+	}
+	return org, nil
+}
+
+func unavailable(cause error) error { return fmt.Errorf("%w: %w", ErrUnavailable, cause) }
+
+// maxKeyLen is the length in bytes from which on a key is refused unread.
+const maxKeyLen = 512
+
+// bearerKey takes the key out of the values of the Authorization field
+// (RFC 6750, section 2.1; RFC 9110, section 11.4). Several values are judged as
+// the one that RFC 9110, section 5.3, says they are equal to, and so never pass.
+func bearerKey(values []string) (string, error) {
+	if len(values) == 0 {
+		return "", ErrAuthorizationHeaderMissing
+	}
+	scheme, key, more := strings.Cut(strings.Join(values, ", "), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		if more && strings.EqualFold(scheme, "Bearer,") {
+			return "", ErrInvalidAPIKey // a list whose first member is a bare Bearer
+		}
+		return "", ErrInvalidAPIKeySchema
+	}
+	key = strings.TrimLeft(key, " ")
+	if strings.TrimLeft(key, " \t") == "" {
+		return "", ErrAPIKeyMissing // net/http trims the blanks on HTTP/1.1, not on HTTP/2
+	}
+	if len(key) > maxKeyLen || !isToken68(key) {
+		return "", ErrInvalidAPIKey
+	}
+	return key, nil
+}
+
+// isToken68 reports whether s is a token68 (RFC 9110, section 11.2).
+func isToken68(s string) bool {
+	s = strings.TrimRight(s, "=")
+	for _, c := range []byte(s) {
+		if !token68[c] {
+			return false
+		}
+	}
+	return s != ""
+}
+
+var token68 = func() (set [256]bool) {
+	for _, c := range []byte("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-._~+/") {
+		set[c] = true
+	}
+	return set
+}()
+
+// orgContext is a context.WithValue for the one value, in one allocation.
+type orgContext struct {
+	context.Context
+	org Org
+}
+
+type orgKey struct{}
+
+func (c *orgContext) Value(key any) any {
+	if key == (orgKey{}) {
+		return &c.org
+	}
+	return c.Context.Value(key)
+}
+
+// OrgFromContext returns the organisation that the request behind ctx belongs
+// to, and whether there is one. It is safe with any context, nil included.
+func OrgFromContext(ctx context.Context) (Org, bool) {
+	if ctx == nil {
+		return Org{}, false
+	}
+	org, ok := ctx.Value(orgKey{}).(*Org)
+	if !ok {
+		return Org{}, false
+	}
+	return *org, true
+}
+
+// ContextWithOrg returns a copy of ctx in which [OrgFromContext] finds org: for
+// tests of handlers that stand behind a [Middleware]. A nil ctx counts as
+// [context.Background].
+func ContextWithOrg(ctx context.Context, org Org) context.Context {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	return &orgContext{ctx, org}
+}

@@ -1,0 +1,630 @@
+package apikey_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+// A requestCase is one request and its answer. It is sent three ways: to the
+// handler itself, as bytes over HTTP/1.1, and over HTTP/2.
+type requestCase struct {
+	name   string
+	method string   // "GET" if empty
+	target string   // "/v1/things" if empty
+	lines  []string // raw header lines; {key} is the key
+	body   string
+	key    keyState  // live if empty
+	plan   planState // paid if empty
+
+	want      string  // the code, "" for admitted
+	wantHTTP1 *string // where net/http's trimming of the line makes a difference
+	only1     bool    // cannot be said in HTTP/2
+}
+
+const (
+	headerMissing = "AUTHORIZATION_HEADER_MISSING"
+	schema        = "INVALID_API_KEY_SCHEMA"
+	keyMissing    = "API_KEY_MISSING"
+	invalid       = "INVALID_API_KEY"
+	planExpired   = "PLAN_EXPIRED"
+	unavailable   = "SERVICE_UNAVAILABLE"
+	admitted      = ""
+)
+
+func auth(values ...string) []string {
+	for i, v := range values {
+		values[i] = "Authorization: " + v
+	}
+	return values
+}
+
+func requestCases() []requestCase {
+	upgrade := []string{
+		"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+	}
+	cases := []requestCase{
+		{name: "no header", want: headerMissing},
+		{name: "key in another header", lines: []string{"X-Api-Key: {key}", "Proxy-Authorization: Bearer {key}"}, want: headerMissing},
+		{name: "key in the query", target: "/v1/things?access_token={key}&api_key={key}", want: headerMissing},
+		{name: "key in a cookie", lines: []string{"Cookie: Authorization=Bearer {key}; api_key={key}"}, want: headerMissing},
+		{
+			name: "key in the body", method: "POST", body: "access_token={key}",
+			lines: []string{"Content-Type: application/x-www-form-urlencoded"}, want: headerMissing,
+		},
+
+		{name: "empty", lines: auth(""), want: schema},
+		{name: "blanks", lines: auth("  \t "), want: schema},
+		{name: "Token scheme", lines: auth("Token {key}"), want: schema},
+		{name: "bare key", lines: auth("{key}"), want: schema},
+		{name: "no blank", lines: auth("Bearer{key}"), want: schema},
+		{name: "colon", lines: auth("Bearer:{key}"), want: schema},
+		{name: "colon and blank", lines: auth("Bearer: {key}"), want: schema},
+		{name: "equals", lines: auth("Bearer={key}"), want: schema},
+		{name: "tab", lines: auth("Bearer\t{key}"), want: schema},
+		{name: "Basic", lines: auth("Basic dXNlcjpwYXNz"), want: schema},
+		{name: "Digest with parameters", lines: auth(`Digest username="u", realm="api"`), want: schema},
+		{name: "scheme in quotes", lines: auth(`"Bearer" {key}`), want: schema},
+		{name: "a longer word", lines: auth("Bearers {key}"), want: schema},
+		{name: "a shorter word", lines: auth("Beare {key}"), want: schema},
+		{name: "non-ASCII look-alike", lines: auth("Βearer {key}"), want: schema}, // Greek Beta
+		{name: "non-breaking space", lines: auth("Bearer\u00a0{key}"), want: schema},
+		{name: "blank before", lines: auth(" Bearer {key}"), want: schema, wantHTTP1: new(admitted)},
+
+		{name: "Bearer", lines: auth("Bearer"), want: keyMissing},
+		{name: "Bearer and blank", lines: auth("Bearer "), want: keyMissing},
+		{name: "Bearer and blanks", lines: auth("Bearer    "), want: keyMissing},
+		{name: "Bearer, blank and tab", lines: auth("Bearer \t "), want: keyMissing},
+		{name: "lower case, no key", lines: auth("bearer "), want: keyMissing},
+
+		{name: "key", lines: auth("Bearer {key}")},
+		{name: "lower case", lines: auth("bearer {key}")},
+		{name: "upper case, several blanks", lines: auth("BEARER   {key}")},
+		{name: "mixed case", lines: auth("bEaReR {key}")},
+		{name: "lower-case field name", lines: []string{"authorization: Bearer {key}"}},
+		{name: "no blank after the colon", lines: []string{"Authorization:Bearer {key}"}},
+		{name: "blank after the key", lines: auth("Bearer {key} "), want: invalid, wantHTTP1: new(admitted)},
+		{name: "tab before the key", lines: auth("Bearer \t{key}"), want: invalid},
+		{name: "junk after the key", lines: auth("Bearer {key} junk"), want: invalid},
+		{name: "comma after the key", lines: auth("Bearer {key},"), want: invalid},
+		{name: "padding after the key", lines: auth("Bearer {key}="), want: invalid},
+		{name: "key in quotes", lines: auth(`Bearer "{key}"`), want: invalid},
+		{name: "key in brackets", lines: auth("Bearer <{key}>"), want: invalid},
+		{name: "percent-encoded", lines: auth("Bearer %74{key}"), want: invalid},
+		{name: "non-ASCII", lines: auth("Bearer ключ"), want: invalid},
+		{name: "invalid UTF-8", lines: auth("Bearer \xff\xfe{key}"), want: invalid},
+		{name: "equals only", lines: auth("Bearer ===="), want: invalid},
+		{name: "the word undefined", lines: auth("Bearer undefined"), want: invalid},
+		{name: "512 bytes", lines: auth("Bearer " + strings.Repeat("a", 512)), want: invalid},
+		{name: "513 bytes", lines: auth("Bearer " + strings.Repeat("a", 513)), want: invalid},
+		{name: "1 MiB", lines: auth("Bearer " + strings.Repeat("a", 1<<20)), want: invalid},
+		{name: "1 MiB of another scheme", lines: auth(strings.Repeat("a", 1<<20)), want: schema},
+		{name: "wrong checksum", lines: auth("Bearer tpk_live_00000000000000000000000000000000000000000002nd1uY"), want: invalid},
+
+		{name: "two keys, joined", lines: auth("Bearer {key}, Bearer {key}"), want: invalid},
+		{name: "two headers", lines: auth("Bearer {key}", "Bearer {key}"), want: invalid},
+		{name: "two headers, the second empty", lines: auth("Bearer {key}", ""), want: invalid},
+		{name: "two headers, the first without key", lines: auth("Bearer", "Bearer {key}"), want: invalid},
+		{name: "the same, joined", lines: auth("Bearer, Bearer {key}"), want: invalid},
+		{name: "two headers that would join to a key", lines: auth("Bearer", "{key}"), want: invalid},
+		{name: "two headers, another scheme second", lines: auth("Bearer {key}", "Basic dXNlcjpwYXNz"), want: invalid},
+		{name: "two headers, another scheme first", lines: auth("Basic dXNlcjpwYXNz", "Bearer {key}"), want: schema},
+		{name: "two headers, the first empty", lines: auth("", "Bearer {key}"), want: schema},
+		{name: "two headers in two spellings", lines: []string{"Authorization: Bearer {key}", "AUTHORIZATION: Bearer {key}"}, want: invalid},
+
+		{name: "could not look", lines: auth("Bearer {key}"), key: "outage", want: unavailable},
+
+		{name: "HEAD with a key", method: "HEAD", lines: auth("Bearer {key}")},
+		{name: "HEAD without", method: "HEAD", want: headerMissing},
+		{name: "OPTIONS with a key", method: "OPTIONS", lines: auth("Bearer {key}")},
+		{name: "OPTIONS without", method: "OPTIONS", lines: []string{"Origin: https://example.com", "Access-Control-Request-Method: GET"}, want: headerMissing},
+		{name: "unknown method with a key", method: "FROBNICATE", lines: auth("Bearer {key}")},
+		{name: "unknown method without", method: "FROBNICATE", want: headerMissing},
+		{name: "POST with a body and a key", method: "POST", body: "x=1", lines: auth("Bearer {key}")},
+		{name: "WebSocket with a key", lines: append(auth("Bearer {key}"), upgrade...), only1: true},
+		{name: "WebSocket without", lines: upgrade, want: headerMissing, only1: true},
+		{name: "WebSocket with the key as protocol", lines: append([]string{"Sec-WebSocket-Protocol: bearer, {key}"}, upgrade...), want: headerMissing, only1: true},
+	}
+	for _, k := range keyStates {
+		for _, p := range planStates {
+			cases = append(cases, requestCase{
+				name: fmt.Sprintf("key %s, plan %s", k, p), key: k, plan: p, lines: auth("Bearer {key}"), want: wantCode(k, p),
+			})
+		}
+	}
+	return cases
+}
+
+// A spy is the handler behind the middleware.
+type spy struct {
+	calls atomic.Int32
+	org   atomic.Pointer[apikey.Org]
+}
+
+func (s *spy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.calls.Add(1)
+	if org, ok := apikey.OrgFromContext(r.Context()); ok {
+		s.org.Store(&org)
+	}
+	_, _ = io.WriteString(w, "handled")
+}
+
+// A way sends a request to h.
+type way struct {
+	name string
+	open func(t *testing.T, h http.Handler) func(t *testing.T, c requestCase) *http.Response
+}
+
+var ways = []way{{"recorder", openRecorder}, {"HTTP/1.1", openHTTP1}, {"HTTP/2", openHTTP2}}
+
+func openRecorder(_ *testing.T, h http.Handler) func(*testing.T, requestCase) *http.Response {
+	return func(_ *testing.T, c requestCase) *http.Response {
+		r := httptest.NewRequest(c.method, c.target, strings.NewReader(c.body))
+		r.Header = c.header()
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Result()
+	}
+}
+
+func openHTTP1(t *testing.T, h http.Handler) func(*testing.T, requestCase) *http.Response {
+	server := httptest.NewUnstartedServer(h)
+	server.Config.MaxHeaderBytes = 2 << 20
+	server.Start()
+	t.Cleanup(server.Close)
+	return func(t *testing.T, c requestCase) *http.Response {
+		conn, err := net.Dial("tcp", server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		lines := append([]string{c.method + " " + c.target + " HTTP/1.1", "Host: api.example.com"}, c.lines...)
+		if c.body != "" {
+			lines = append(lines, fmt.Sprintf("Content-Length: %d", len(c.body)))
+		}
+		if _, err := io.WriteString(conn, strings.Join(lines, "\r\n")+"\r\n\r\n"+c.body); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: c.method})
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body = io.NopCloser(bytes.NewReader(body))
+		return resp
+	}
+}
+
+func openHTTP2(t *testing.T, h http.Handler) func(*testing.T, requestCase) *http.Response {
+	server := httptest.NewUnstartedServer(h)
+	server.Config.MaxHeaderBytes = 2 << 20
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	return func(t *testing.T, c requestCase) *http.Response {
+		r, err := http.NewRequestWithContext(t.Context(), c.method, server.URL+c.target, strings.NewReader(c.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header = c.header()
+		resp, err := server.Client().Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.ProtoMajor != 2 {
+			t.Fatalf("the request went over %s", resp.Proto)
+		}
+		return resp
+	}
+}
+
+// header is c.lines as fields, with all blanks but the one after the colon.
+func (c requestCase) header() http.Header {
+	h := http.Header{}
+	for _, line := range c.lines {
+		name, value, _ := strings.Cut(line, ":")
+		h.Add(name, strings.TrimPrefix(value, " "))
+	}
+	return h
+}
+
+// prepared is c with its defaults and a key of its own.
+func (c requestCase) prepared(t *testing.T, w world) (requestCase, apikey.Org) {
+	if c.method == "" {
+		c.method = "GET"
+	}
+	if c.target == "" {
+		c.target = "/v1/things"
+	}
+	if c.key == "" {
+		c.key = live
+	}
+	if c.plan == "" {
+		c.plan = paid
+	}
+	apiKey, org := w.enrol(t, c.key, c.plan)
+	insert := strings.NewReplacer("{key}", apiKey)
+	c.target, c.body = insert.Replace(c.target), insert.Replace(c.body)
+	lines := make([]string, len(c.lines))
+	for i, line := range c.lines {
+		lines[i] = insert.Replace(line)
+	}
+	c.lines = lines
+	return c, org
+}
+
+// check compares an answer, and what the handler saw, with the contract.
+func (c requestCase) check(t *testing.T, resp *http.Response, handler *spy, org apikey.Org, want string, bodies map[string]string) {
+	t.Helper()
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != wantStatus(want) {
+		t.Fatalf("status %d, want %d; body %s", resp.StatusCode, wantStatus(want), body)
+	}
+
+	if want == admitted {
+		if calls := handler.calls.Load(); calls != 1 {
+			t.Errorf("the handler ran %d times, want once", calls)
+		}
+		if got := handler.org.Load(); got == nil || *got != org {
+			t.Errorf("the handler saw %+v, want %+v", got, org)
+		}
+		return
+	}
+	if calls := handler.calls.Load(); calls != 0 {
+		t.Errorf("the handler ran %d times, want never", calls)
+	}
+	wantBody := bodies[want]
+	if wantBody == "" {
+		t.Fatalf("no body for %q", want)
+	}
+	header := resp.Header.Clone()
+	for _, name := range []string{"Date", "Connection"} { // the server's own
+		header.Del(name)
+	}
+	if want := wantHeaders(want, wantBody); !maps.EqualFunc(header, want, func(a, b []string) bool { return fmt.Sprint(a) == fmt.Sprint(b) }) {
+		t.Errorf("headers\n%v, want\n%v", header, want)
+	}
+	if c.method == "HEAD" {
+		wantBody = ""
+	}
+	if string(body) != wantBody {
+		t.Errorf("body\n%s, want\n%s", body, wantBody)
+	}
+}
+
+func TestRequests(t *testing.T) {
+	bodies := contract(t)
+	for _, way := range ways {
+		t.Run(way.name, func(t *testing.T) {
+			w := newMemoryWorld()
+			var handler atomic.Pointer[spy]
+			keys := apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+				key, err := w.Key(ctx, h)
+				if errors.Is(err, apikey.ErrNotFound) {
+					err = fmt.Errorf("wrapped: %w", err)
+				}
+				return key, err
+			})
+			mw := apikey.New(keys, w, nil)
+			send := way.open(t, mw.Handler(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+				handler.Load().ServeHTTP(rw, r)
+			})))
+			for _, c := range requestCases() {
+				if c.only1 && way.name == "HTTP/2" {
+					continue
+				}
+				t.Run(c.name, func(t *testing.T) {
+					c, org := c.prepared(t, w)
+					w.set(func() {
+						w.err = nil
+						if c.key == "outage" {
+							w.err = errStore
+						}
+					})
+					want := c.want
+					if c.wantHTTP1 != nil && way.name == "HTTP/1.1" {
+						want = *c.wantHTTP1
+					}
+					handler.Store(new(spy))
+					c.check(t, send(t, c), handler.Load(), org, want, bodies)
+				})
+			}
+		})
+	}
+}
+
+// TestRequestsOnServers is the main job whole: every state of a key and a plan,
+// in PostgreSQL, behind the cache, in front of a real server; twice each, so
+// that the second answer comes from the cache.
+func TestRequestsOnServers(t *testing.T) {
+	bodies := contract(t)
+	w := newPostgresWorld(t)
+	cache := apikey.NewCache(testservers.Redis(t), newSecret(), nil)
+	mw := apikey.New(cache.Keys(w), cache.Plans(w), nil)
+	var handler atomic.Pointer[spy]
+	send := openHTTP1(t, mw.Handler(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		handler.Load().ServeHTTP(rw, r)
+	})))
+	for _, k := range keyStates {
+		for _, p := range planStates {
+			t.Run(fmt.Sprintf("key %s, plan %s", k, p), func(t *testing.T) {
+				c, org := requestCase{key: k, plan: p, lines: auth("Bearer {key}")}.prepared(t, w)
+				for range 2 {
+					handler.Store(new(spy))
+					c.check(t, send(t, c), handler.Load(), org, wantCode(k, p), bodies)
+				}
+			})
+		}
+	}
+}
+
+// TestNoLookups shows that a request that cannot succeed asks no store, and that
+// a dead key does not reach the plan.
+func TestNoLookups(t *testing.T) {
+	for _, c := range requestCases() {
+		t.Run(c.name, func(t *testing.T) {
+			w := newMemoryWorld()
+			c, _ := c.prepared(t, w)
+			mw := apikey.New(w, w, nil)
+			openRecorder(t, mw.Handler(new(spy)))(t, c).Body.Close()
+			want := 2
+			switch {
+			case c.want == headerMissing, c.want == schema, c.want == keyMissing:
+				want = 0
+			case c.name == "512 bytes", c.name == "the word undefined", c.want == invalid && c.key != live:
+				want = 1 // looks like a key issued elsewhere, or is one
+			case c.want == invalid:
+				want = 0
+			}
+			if got := w.readCount(); got != want {
+				t.Errorf("%d lookups, want %d", got, want)
+			}
+		})
+	}
+}
+
+// FuzzBearerKey compares the parser with its grammar.
+func FuzzBearerKey(f *testing.F) {
+	for _, c := range requestCases() {
+		values := c.header()["Authorization"]
+		f.Add(strings.Join(values, "\n"), len(values) > 0)
+	}
+	grammar := regexp.MustCompile(`^(?i:bearer) +([0-9A-Za-z._~+/-]+=*)$`)
+	noKey := regexp.MustCompile(`^(?i:bearer)( [ \t]*)?$`)
+	bearer := regexp.MustCompile(`^(?i:bearer),? `)
+	f.Fuzz(func(t *testing.T, text string, present bool) {
+		var values []string
+		if present {
+			values = strings.Split(text, "\n")
+		}
+		joined := strings.Join(values, ", ")
+		got, err := apikey.BearerKey(values)
+
+		var wantKey string
+		var want error
+		match := grammar.FindStringSubmatch(joined)
+		switch {
+		case !present:
+			want = apikey.ErrAuthorizationHeaderMissing
+		case match != nil && len(match[1]) <= 512:
+			wantKey = match[1]
+		case noKey.MatchString(joined):
+			want = apikey.ErrAPIKeyMissing
+		case bearer.MatchString(joined):
+			want = apikey.ErrInvalidAPIKey
+		default:
+			want = apikey.ErrInvalidAPIKeySchema
+		}
+		if !errors.Is(err, want) || got != wantKey {
+			t.Errorf("bearerKey(%q) = %q, %v, want %q, %v", values, got, err, wantKey, want)
+		}
+		if len(values) > 1 && err == nil {
+			t.Errorf("a repeated header authenticates: %q", values)
+		}
+	})
+}
+
+func TestAuthenticate(t *testing.T) {
+	w := newMemoryWorld()
+	mw := apikey.New(w, w, nil)
+	request := func(key string) *http.Request {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.Header.Set("Authorization", "Bearer "+key)
+		return r
+	}
+
+	key, want := w.enrol(t, live, paid)
+	if org, err := mw.Authenticate(request(key)); err != nil || org != want {
+		t.Errorf("Authenticate = %+v, %v, want %+v", org, err, want)
+	}
+	key, _ = w.enrol(t, live, cancelled)
+	if org, err := mw.Authenticate(request(key)); !errors.Is(err, apikey.ErrPlanExpired) || org != (apikey.Org{}) {
+		t.Errorf("Authenticate = %+v, %v, want no Org and ErrPlanExpired", org, err)
+	}
+
+	w.err = errStore
+	org, err := mw.Authenticate(request(key))
+	if !errors.Is(err, apikey.ErrUnavailable) || !errors.Is(err, errStore) || org != (apikey.Org{}) {
+		t.Errorf("Authenticate = %+v, %v, want ErrUnavailable with its cause", org, err)
+	}
+	if errors.Is(err, apikey.ErrInvalidAPIKey) {
+		t.Error("an outage is called an invalid key")
+	}
+}
+
+// TestPlanOutage: the key could be looked up and the plan could not.
+func TestPlanOutage(t *testing.T) {
+	w := newMemoryWorld()
+	key, want := w.enrol(t, live, paid)
+	var got apikey.Decision
+	mw := apikey.New(w, apikey.PlanStoreFunc(func(context.Context, string) (apikey.Plan, error) {
+		return apikey.Plan{}, errStore
+	}), &apikey.Options{Observe: func(_ context.Context, d apikey.Decision) { got = d }})
+	r := httptest.NewRequest("GET", "/", nil)
+	r.Header.Set("Authorization", "Bearer "+key)
+	if _, err := mw.Authenticate(r); !errors.Is(err, apikey.ErrUnavailable) {
+		t.Errorf("Authenticate = %v, want ErrUnavailable", err)
+	}
+	if got.Code != unavailable || got.OrgID != want.ID || !errors.Is(got.Err, errStore) {
+		t.Errorf("observed %+v", got)
+	}
+}
+
+// TestStoreWithoutOrg: a store that forgets whose key it is admits nobody.
+func TestStoreWithoutOrg(t *testing.T) {
+	w := newMemoryWorld()
+	key, _ := w.enrol(t, live, paid)
+	mw := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
+		return apikey.Key{ID: "key_1", Active: true}, nil
+	}), w, nil)
+	r := httptest.NewRequest("GET", "/", nil)
+	r.Header.Set("Authorization", "Bearer "+key)
+	if _, err := mw.Authenticate(r); !errors.Is(err, apikey.ErrUnavailable) {
+		t.Errorf("Authenticate = %v, want ErrUnavailable", err)
+	}
+}
+
+func TestObserve(t *testing.T) {
+	w := newMemoryWorld()
+	var got []apikey.Decision
+	mw := apikey.New(w, w, &apikey.Options{Observe: func(ctx context.Context, d apikey.Decision) {
+		if ctx == nil || d.Duration <= 0 {
+			t.Errorf("observed %+v in %v", d, ctx)
+		}
+		d.Duration = 0
+		got = append(got, d)
+	}})
+	handler := new(spy)
+	send := openRecorder(t, mw.Handler(handler))
+	for _, c := range []struct {
+		requestCase
+		named bool // the organisation is known
+	}{
+		{requestCase{}, false},
+		{requestCase{lines: auth("Bearer {key}"), key: unknown}, false},
+		{requestCase{lines: auth("Bearer {key}"), key: deactivated}, true},
+		{requestCase{lines: auth("Bearer {key}"), plan: pastDue}, true},
+		{requestCase{lines: auth("Bearer {key}")}, true},
+	} {
+		got = nil
+		r, org := c.prepared(t, w)
+		send(t, r).Body.Close()
+		want := apikey.Decision{Code: headerMissing, Err: apikey.ErrAuthorizationHeaderMissing}
+		if len(r.lines) > 0 {
+			want.Code = wantCode(r.key, r.plan)
+			want.Err = map[string]error{invalid: apikey.ErrInvalidAPIKey, planExpired: apikey.ErrPlanExpired}[want.Code]
+		}
+		if c.named {
+			want.OrgID, want.KeyID = org.ID, org.KeyID
+		}
+		if len(got) != 1 || got[0] != want {
+			t.Errorf("observed %+v, want once %+v", got, want)
+		}
+	}
+}
+
+func TestErrorHandler(t *testing.T) {
+	w := newMemoryWorld()
+	var got error
+	mw := apikey.New(w, w, &apikey.Options{
+		Realm: "partners",
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+			got = err
+			w.Header().Set("X-Request-Id", "42")
+			apikey.WriteError(w, r, err)
+		},
+	})
+	resp := openRecorder(t, mw.Handler(new(spy)))(t, requestCase{method: "GET", target: "/"})
+	defer resp.Body.Close()
+	if !errors.Is(got, apikey.ErrAuthorizationHeaderMissing) {
+		t.Errorf("the ErrorHandler got %v", got)
+	}
+	if resp.StatusCode != http.StatusUnauthorized || resp.Header.Get("X-Request-Id") != "42" {
+		t.Errorf("the answer is %+v", resp)
+	}
+	if challenge := resp.Header.Get("WWW-Authenticate"); challenge != `Bearer realm="partners"` {
+		t.Errorf("the challenge is %s, want the realm of the middleware", challenge)
+	}
+}
+
+func TestContext(t *testing.T) {
+	if org, ok := apikey.OrgFromContext(nil); ok || org != (apikey.Org{}) { //nolint:staticcheck // nil must not panic
+		t.Errorf("OrgFromContext(nil) = %+v, %v", org, ok)
+	}
+	if org, ok := apikey.OrgFromContext(t.Context()); ok || org != (apikey.Org{}) {
+		t.Errorf("OrgFromContext = %+v, %v, want none", org, ok)
+	}
+	type other struct{}
+	want := apikey.Org{ID: "org_1", KeyID: "key_1", Plan: apikey.Plan{Name: starter}}
+	ctx := apikey.ContextWithOrg(context.WithValue(t.Context(), other{}, 1), want)
+	if ctx.Value(other{}) != 1 {
+		t.Error("ContextWithOrg hides other values")
+	}
+	got, ok := apikey.OrgFromContext(context.WithValue(ctx, other{}, 2))
+	if !ok || got != want {
+		t.Errorf("OrgFromContext = %+v, %v, want %+v", got, ok, want)
+	}
+	got.ID = "org_2"
+	if again, _ := apikey.OrgFromContext(ctx); again != want {
+		t.Error("a change to the returned Org reaches the context")
+	}
+	if inner, _ := apikey.OrgFromContext(apikey.ContextWithOrg(ctx, got)); inner != got {
+		t.Errorf("the inner Org is %+v, want %+v", inner, got)
+	}
+	if org, ok := apikey.OrgFromContext(apikey.ContextWithOrg(nil, want)); !ok || org != want { //nolint:staticcheck // nil must not panic
+		t.Errorf("ContextWithOrg(nil): %+v, %v", org, ok)
+	}
+}
+
+// TestConfigurationFaults: what cannot work panics at construction and says what
+// to do.
+func TestConfigurationFaults(t *testing.T) {
+	w := newMemoryWorld()
+	mw := apikey.New(w, w, nil)
+	for name, c := range map[string]struct {
+		construct func()
+		want      string
+	}{
+		"no key store":      {func() { apikey.New(nil, w, nil) }, "pass a KeyStore"},
+		"no plan store":     {func() { apikey.New(w, nil, nil) }, "pass a KeyStore and a PlanStore"},
+		"quote in realm":    {func() { apikey.New(w, w, &apikey.Options{Realm: `a"b`}) }, "printable ASCII"},
+		"newline in realm":  {func() { apikey.New(w, w, &apikey.Options{Realm: "a\r\nb"}) }, "printable ASCII"},
+		"umlaut in realm":   {func() { apikey.New(w, w, &apikey.Options{Realm: "ä"}) }, "printable ASCII"},
+		"no handler":        {func() { mw.Handler(nil) }, "pass the handler"},
+		"no key database":   {func() { apikey.NewPostgresKeyStore(nil) }, "pass a *pgxpool.Pool"},
+		"no plans database": {func() { apikey.NewPostgresPlanStore(nil) }, "pass a *pgxpool.Pool"},
+	} {
+		t.Run(name, func(t *testing.T) { wantPanic(t, c.construct, c.want) })
+	}
+}
+
+func wantPanic(t *testing.T, construct func(), want string) {
+	t.Helper()
+	defer func() {
+		if p := fmt.Sprint(recover()); !strings.HasPrefix(p, "apikey: ") || !strings.Contains(p, want) {
+			t.Errorf("panics with %q, want %q in it", p, want)
+		}
+	}()
+	construct()
+}
