@@ -1,0 +1,614 @@
+package apikey_test
+
+// Changes that take effect: the rule, the feed, and what holds when it is broken.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+func parseSnapshot(t testing.TB, text string) snapshot.Snapshot {
+	t.Helper()
+	if text == "" {
+		return snapshot.Snapshot{}
+	}
+	s, err := snapshot.Parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// keyTopic is the subject of a key in announcements.
+func keyTopic(h apikey.KeyHash) string { return fmt.Sprintf("key %x", h[:8]) }
+
+// TestRule: when a record may decide a request. The feed's session began 100 s
+// ago, and its first beat was transaction 50.
+func TestRule(t *testing.T) {
+	const (
+		refusalLimit = time.Second
+		maxStaleness = 10 * time.Second
+		refreshAfter = 5 * time.Minute
+	)
+	now := time.Now()
+	h := apikey.HashKey("k")
+	topic := keyTopic(h)
+	live := func(l *feed.Log) { l.Beat(now.Add(-100*time.Second), 50); l.Beat(now.Add(-time.Second), 90) }
+	then := func(steps ...func(*feed.Log)) func(*feed.Log) {
+		return func(l *feed.Log) {
+			for _, step := range steps {
+				step(l)
+			}
+		}
+	}
+	announce := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.Announce(topic, xid) } }
+	announceAll := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.AnnounceAll(xid) } }
+	end := func(l *feed.Log) { l.End(errStore) }
+	nothing := func(*feed.Log) {}
+
+	type limits struct{ admits, refuses time.Duration } // the record is usable below this age
+	never := limits{}
+	byAge := limits{maxStaleness, refusalLimit}
+	vouched := limits{refreshAfter, refreshAfter}
+	for name, c := range map[string]struct {
+		feed func(*feed.Log)
+		snap string
+		want limits
+	}{
+		"no feed":                           {nothing, "60:60:", byAge},
+		"no feed, no stamp":                 {nothing, "", byAge},
+		"no feed, announced, seen":          {announce(55), "60:60:", byAge},
+		"no feed, announced, not seen":      {announce(60), "60:60:", never},
+		"live":                              {live, "60:60:", vouched},
+		"live, no stamp":                    {live, "", byAge},
+		"live, no stamp, announced":         {then(live, announce(55)), "", byAge},
+		"live, first beat not seen":         {live, "40:60:50", byAge},
+		"live, read before the first beat":  {live, "50:50:", byAge},
+		"live, just after the first beat":   {live, "51:51:", vouched},
+		"announced, seen":                   {then(live, announce(59)), "60:60:", vouched},
+		"announced, in progress at read":    {then(live, announce(57)), "55:60:57", never},
+		"announced, later at read":          {then(live, announce(60)), "55:60:57", never},
+		"announced, ended at read":          {then(live, announce(58)), "55:60:57", vouched},
+		"two, the later one seen only":      {then(live, announce(58), announce(57)), "55:60:57", never},
+		"two, the earlier one seen only":    {then(live, announce(57), announce(58)), "55:59:57", vouched}, // cannot be: see feed.mark
+		"a larger one before":               {then(live, announce(70), announce(58)), "55:60:57", never},
+		"another subject":                   {then(live, func(l *feed.Log) { l.Announce("key 0000000000000000", 70) }), "60:60:", vouched},
+		"the same bytes as a plan":          {then(live, func(l *feed.Log) { l.Announce("plan"+topic[3:], 70) }), "60:60:", vouched},
+		"everything, seen":                  {then(live, announceAll(59)), "60:60:", vouched},
+		"everything, not seen":              {then(live, announceAll(60)), "60:60:", never},
+		"session ended":                     {then(live, end), "60:60:", byAge},
+		"session ended, announced before":   {then(live, announce(60), end), "60:60:", never},
+		"new session, seen by the old only": {then(live, end, func(l *feed.Log) { l.Beat(now.Add(-time.Second), 70) }), "60:60:", byAge},
+		"lease run out":                     {func(l *feed.Log) { l.Beat(now.Add(-10*time.Second), 50) }, "60:60:", byAge},
+		"lease about to run out": {func(l *feed.Log) {
+			l.Beat(now.Add(-400*time.Second), 50)
+			l.Beat(now.Add(-10*time.Second+1), 90)
+		}, "60:60:", vouched},
+	} {
+		t.Run(name, func(t *testing.T) {
+			rdb := new(fakeRedis).client()
+			defer rdb.Close()
+			cache := apikey.NewCache(rdb, newSecret(), nil)
+			c.feed(cache.Log())
+			snap := parseSnapshot(t, c.snap)
+			good := apikey.Key{ID: "key_1", OrgID: "org_1", Active: true}
+			for what, record := range map[string]struct {
+				key   apikey.Key
+				found bool
+				limit time.Duration
+			}{
+				"live":        {good, true, c.want.admits},
+				"deactivated": {apikey.Key{OrgID: "org_1"}, true, c.want.refuses},
+				"expired":     {apikey.Key{OrgID: "org_1", Active: true, ExpiresAt: now}, true, c.want.refuses},
+				"absent":      {apikey.Key{}, false, c.want.refuses},
+			} {
+				limit := min(record.limit, 100*time.Second) // what is older was read before the session
+				if strings.HasPrefix(name, "lease about") {
+					limit = record.limit
+				}
+				for _, age := range []time.Duration{
+					0, 1, refusalLimit - 1, refusalLimit, maxStaleness - 1, maxStaleness, 100 * time.Second, refreshAfter - 1, refreshAfter, time.Hour,
+				} {
+					want := age < limit || age == 100*time.Second && limit == age // read as the session began
+					if got := cache.KeyUsable(h, record.key, record.found, snap, now.Add(-age), now); got != want {
+						t.Errorf("%s, %v old: usable %v, want %v", what, age, got, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestJoinedFlight: a request that joins a lookup begun before a change was
+// announced is answered by what came after.
+func TestJoinedFlight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rdb := new(fakeRedis).client()
+		defer rdb.Close()
+		cache := apikey.NewCache(rdb, newSecret(), nil)
+		h := apikey.HashKey("k")
+		release, lookups := make(chan struct{}), 0
+		keys := cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
+			lookups++
+			if lookups > 1 {
+				snapshot.Report(ctx, "20:20:")
+				return apikey.Key{ID: "new", OrgID: "org_1"}, nil
+			}
+			snapshot.Report(ctx, "10:10:")
+			<-release
+			return apikey.Key{ID: "old", OrgID: "org_1", Active: true}, nil
+		}))
+		ask := func(answer chan<- string) {
+			key, err := keys.Key(t.Context(), h)
+			answer <- fmt.Sprint(key.ID, err)
+		}
+		before, after := make(chan string, 1), make(chan string, 100)
+		go ask(before)
+		synctest.Wait()
+		time.Sleep(time.Millisecond)
+		cache.Log().Announce(keyTopic(h), 15)
+		for range cap(after) {
+			go ask(after)
+		}
+		synctest.Wait()
+		close(release)
+		if got := <-before; got != "old<nil>" { // it asked before the change
+			t.Errorf("who began the lookup got %q", got)
+		}
+		for range cap(after) {
+			if got := <-after; got != "new<nil>" {
+				t.Errorf("who joined it after the change got %q", got)
+			}
+		}
+		if lookups != 2 {
+			t.Errorf("%d lookups, want 2", lookups)
+		}
+	})
+}
+
+// A fleet is some replicas of a service that watch one database.
+type fleet struct {
+	*postgresWorld
+	rdb      *redis.Client
+	replicas []replica
+	pools    []*pgxpool.Pool
+}
+
+// newFleet starts n replicas and waits until their feeds are live.
+func newFleet(t testing.TB, n int, opts *apikey.CacheOptions, configure ...func(*pgxpool.Config)) *fleet {
+	t.Helper()
+	f := &fleet{postgresWorld: newPostgresWorld(t), rdb: testservers.Redis(t)}
+	secret := newSecret()
+	for range n {
+		config := f.pool.Config()
+		for _, c := range configure {
+			c(config)
+		}
+		pool, err := pgxpool.NewWithConfig(t.Context(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(pool.Close)
+		cache := apikey.NewCache(f.rdb, secret, opts)
+		watch(t, cache, pool)
+		keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
+		f.replicas = append(f.replicas, replica{apikey.New(keys, plans, nil), cache})
+		f.pools = append(f.pools, pool)
+	}
+	for _, r := range f.replicas {
+		waitFor(t, func() bool { return r.cache.Stats().FeedLive })
+	}
+	return f
+}
+
+// watch watches until the test ends.
+func watch(t testing.TB, cache *apikey.Cache, pool *pgxpool.Pool) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	done := make(chan error, 1)
+	go func() { done <- cache.Watch(ctx, pool) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Watch: %v", err)
+		}
+	})
+}
+
+// TestChangesTakeEffect: every kind of change, by plain SQL, on three replicas.
+// It reports how long the change took from the return of the statement to the
+// first answer that follows from it, on each.
+func TestChangesTakeEffect(t *testing.T) {
+	// Without the feed a revocation would take a minute, and an admission a second.
+	f := newFleet(t, 3, &apikey.CacheOptions{MaxStaleness: time.Minute})
+	const rounds = 50
+	type change struct {
+		name string
+		sql  string // $1 is the organisation
+		want string // the answer from then on
+	}
+	changes := []change{
+		{"revoke", `UPDATE api_keys SET active = false WHERE org_id = $1`, invalid},
+		{"activate", `UPDATE api_keys SET active = true WHERE org_id = $1`, admitted},
+		{"expire the key", `UPDATE api_keys SET expires_at = now() WHERE org_id = $1`, invalid},
+		{"prolong the key", `UPDATE api_keys SET expires_at = NULL WHERE org_id = $1`, admitted},
+		{"expire the plan", `UPDATE org_plans SET status = 'expired' WHERE org_id = $1`, planExpired},
+		{"renew", `UPDATE org_plans SET status = 'active', ends_at = now() + '1 month' WHERE org_id = $1`, admitted},
+		{"end", `UPDATE org_plans SET ends_at = now() WHERE org_id = $1`, planExpired},
+		{"upgrade", `UPDATE org_plans SET ends_at = NULL WHERE org_id = $1`, admitted},
+		{"downgrade", `UPDATE org_plans SET plan = 'basic' WHERE org_id = $1`, planExpired},
+		{"the tier gets the API", `UPDATE plan_catalogue SET api_access = true WHERE name = 'basic' AND $1 <> ''`, admitted},
+		{"the tier loses the API", `UPDATE plan_catalogue SET api_access = false WHERE name = 'basic' AND $1 <> ''`, planExpired},
+		{"unsubscribe", `DELETE FROM org_plans WHERE org_id = $1`, planExpired},
+		{"subscribe", `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, admitted},
+		{"delete the key", `DELETE FROM api_keys WHERE org_id = $1`, invalid},
+	}
+	var took []time.Duration
+	for range rounds {
+		apiKey, org := f.enrol(t, unknown, paid)
+		h := apikey.HashKey(apiKey)
+		mustExec(t, f.pool, `UPDATE plan_catalogue SET api_access = false WHERE name = 'basic'`)
+		for _, r := range f.replicas {
+			r.wantCode(t, apiKey, invalid) // asked for a moment before it is created
+		}
+		create := change{"create", fmt.Sprintf(`INSERT INTO api_keys (org_id, key_hash) VALUES ($1, '\x%x')`, h[:]), admitted}
+		for _, c := range append([]change{create}, changes...) {
+			mustExec(t, f.pool, c.sql, org.ID)
+			start := time.Now()
+			var wg sync.WaitGroup
+			effect := make([]time.Duration, len(f.replicas))
+			for i, r := range f.replicas {
+				wg.Go(func() {
+					for r.ask(apiKey) != c.want {
+						if time.Since(start) > 20*time.Second {
+							t.Errorf("%s: replica %d answers %q after 20 s, want %q", c.name, i, r.ask(apiKey), c.want)
+							break
+						}
+						runtime.Gosched()
+					}
+					effect[i] = time.Since(start)
+				})
+			}
+			wg.Wait()
+			took = append(took, effect...)
+		}
+	}
+	slices.Sort(took)
+	at := func(p float64) time.Duration { return took[int(p*float64(len(took)-1))].Round(10 * time.Microsecond) }
+	t.Logf("%d changes on %d replicas, from commit to effect: p50 %v, p99 %v, max %v",
+		rounds*(len(changes)+1), len(f.replicas), at(0.5), at(0.99), at(1))
+	if at(0.99) > 500*time.Millisecond {
+		t.Errorf("p99 is %v: that is not the feed", at(0.99))
+	}
+	for i, r := range f.replicas {
+		if got := r.cache.Stats(); got.Unannounced != 0 || got.StoreErrors != 0 {
+			t.Errorf("replica %d: %+v", i, got)
+		}
+	}
+}
+
+// TestVouchedFactsAreNotReadAgain: under a live feed a key costs no reads, and
+// neither do refusals.
+func TestVouchedFactsAreNotReadAgain(t *testing.T) {
+	f := newFleet(t, 1, &apikey.CacheOptions{MaxStaleness: 200 * time.Millisecond})
+	good, _ := f.enrol(t, live, paid)
+	bad, _ := f.enrol(t, deactivated, paid)
+	unpaid, _ := f.enrol(t, live, pastDue)
+	r := f.replicas[0]
+	want := map[string]string{good: admitted, bad: invalid, unpaid: planExpired, "never-issued-by-anybody": invalid}
+	for key, code := range want {
+		r.wantCode(t, key, code)
+	}
+	before := r.cache.Stats().StoreReads
+	start := time.Now()
+	for time.Since(start) < 1500*time.Millisecond { // well past both limits
+		for key, code := range want {
+			r.wantCode(t, key, code)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if got := r.cache.Stats(); got.StoreReads != before || !got.FeedLive {
+		t.Errorf("%d more lookups, want none: %+v", got.StoreReads-before, got)
+	}
+}
+
+// A link is the network between a pool and PostgreSQL, with faults.
+type link struct {
+	freezeListen atomic.Bool // what the listening connection is sent, is swallowed
+	freezePool   atomic.Bool // what all others are sent, is swallowed
+	dropNotice   atomic.Bool // the listening connection breaks instead of delivering a change
+
+	mu    sync.Mutex
+	conns []*linkConn
+}
+
+// heal ends the freezing. What was swallowed is lost, so these connections break.
+func (l *link) heal() {
+	l.freezeListen.Store(false)
+	l.freezePool.Store(false)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, conn := range l.conns {
+		if conn.swallowed.Load() {
+			_ = conn.Close()
+		}
+	}
+}
+
+func (l *link) install(config *pgxpool.Config) {
+	config.ConnConfig.ConnectTimeout = time.Second // of pgx's own accord, an attempt may take two minutes
+	dial := config.ConnConfig.DialFunc
+	config.ConnConfig.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.conns = append(l.conns, &linkConn{Conn: conn, link: l})
+		return l.conns[len(l.conns)-1], nil
+	}
+}
+
+type linkConn struct {
+	net.Conn
+	link      *link
+	listens   atomic.Bool
+	swallowed atomic.Bool
+}
+
+func (c *linkConn) Write(b []byte) (int, error) {
+	if strings.Contains(string(b), "LISTEN "+feed.Channel) {
+		c.listens.Store(true)
+	}
+	return c.Conn.Write(b)
+}
+
+func (c *linkConn) Read(b []byte) (int, error) {
+	for {
+		n, err := c.Conn.Read(b)
+		switch {
+		case err != nil:
+			return n, err
+		case c.listens.Load() && c.link.freezeListen.Load(), !c.listens.Load() && c.link.freezePool.Load():
+			c.swallowed.Store(true)
+			continue
+		case c.listens.Load() && strings.Contains(string(b[:n]), "key ") && c.link.dropNotice.CompareAndSwap(true, false):
+			_ = c.Close()
+			return 0, io.EOF
+		}
+		return n, nil
+	}
+}
+
+// TestBrokenFeeds: however the feed is broken, a revocation takes effect within
+// the bound, and all is well again when the fault is over.
+func TestBrokenFeeds(t *testing.T) {
+	const (
+		maxStaleness = time.Second
+		refreshAfter = 3 * time.Second
+		slack        = 2 * time.Second // for a busy machine
+	)
+	for name, c := range map[string]struct {
+		bound        time.Duration
+		break_, heal func(t *testing.T, f *fleet, l *link)
+		want         string // from the bound on
+	}{
+		"backend terminated": {
+			bound: maxStaleness, want: invalid,
+			break_: func(t *testing.T, f *fleet, _ *link) {
+				mustExec(t, f.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+					WHERE datname = current_database() AND query LIKE 'LISTEN%'`)
+			},
+		},
+		"LISTEN path frozen": {
+			bound: maxStaleness, want: invalid,
+			break_: func(_ *testing.T, _ *fleet, l *link) { l.freezeListen.Store(true) },
+			heal:   func(_ *testing.T, _ *fleet, l *link) { l.heal() },
+		},
+		"pool path frozen": {
+			bound: maxStaleness, want: unavailable,
+			break_: func(_ *testing.T, _ *fleet, l *link) { l.freezePool.Store(true) },
+			heal:   func(_ *testing.T, _ *fleet, l *link) { l.heal() },
+		},
+		"both paths frozen": {
+			bound: maxStaleness, want: unavailable,
+			break_: func(_ *testing.T, _ *fleet, l *link) { l.freezeListen.Store(true); l.freezePool.Store(true) },
+			heal:   func(_ *testing.T, _ *fleet, l *link) { l.heal() },
+		},
+		"connection dropped between change and notice": {
+			bound: maxStaleness, want: invalid,
+			break_: func(_ *testing.T, _ *fleet, l *link) { l.dropNotice.Store(true) },
+		},
+		"triggers disabled": {
+			bound: refreshAfter, want: invalid,
+			break_: func(t *testing.T, f *fleet, _ *link) {
+				mustExec(t, f.pool, `ALTER TABLE api_keys DISABLE TRIGGER USER`)
+			},
+			heal: func(t *testing.T, f *fleet, _ *link) { mustExec(t, f.pool, `ALTER TABLE api_keys ENABLE TRIGGER USER`) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := new(link)
+			f := newFleet(t, 1, &apikey.CacheOptions{MaxStaleness: maxStaleness, RefreshAfter: refreshAfter}, l.install)
+			r := f.replicas[0]
+			apiKey, org := f.enrol(t, live, paid)
+			r.wantCode(t, apiKey, admitted)
+
+			c.break_(t, f, l)
+			mustExec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+			start := time.Now()
+			answer := r.ask(apiKey)
+			for ; answer != c.want; answer = r.ask(apiKey) {
+				if time.Since(start) > c.bound+slack {
+					t.Fatalf("answers %q %v after the change, want %q within %v", answer, time.Since(start), c.want, c.bound)
+				}
+				time.Sleep(time.Millisecond)
+			}
+			t.Logf("took effect after %v, the bound is %v", time.Since(start).Round(time.Millisecond), c.bound)
+			for range 3 { // and stays so
+				if answer := r.ask(apiKey); answer == admitted {
+					t.Fatal("admits again after it has refused")
+				}
+			}
+			if name == "triggers disabled" {
+				waitFor(t, func() bool { return r.cache.Stats().Unannounced == 1 })
+			} else if n := r.cache.Stats().Unannounced; n != 0 {
+				t.Errorf("%d unannounced changes, want none", n)
+			}
+
+			if c.heal != nil {
+				c.heal(t, f, l)
+			}
+			waitFor(t, func() bool { return r.cache.Stats().FeedLive })
+			mustExec(t, f.pool, `UPDATE api_keys SET active = true WHERE id = $1`, org.KeyID)
+			waitFor(t, func() bool { return r.ask(apiKey) == admitted })
+		})
+	}
+}
+
+// TestPgBouncer: in transaction mode announcements are not delivered. The feed
+// notices, and MaxStaleness is the bound.
+func TestPgBouncer(t *testing.T) {
+	const maxStaleness = time.Second
+	w := newPostgresWorld(t)
+	config, err := pgxpool.ParseConfig(testservers.PgBouncer(t, w.pool.Config().ConnString()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: maxStaleness})
+	watch(t, cache, pool)
+	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	apiKey, org := w.enrol(t, live, paid)
+
+	waitFor(t, func() bool { return cache.Stats().FeedErr != nil })
+	if err := cache.Stats().FeedErr; !strings.Contains(err.Error(), "no beat came back within 1s") {
+		t.Errorf("FeedErr is %v", err)
+	}
+	r.wantCode(t, apiKey, admitted)
+	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	start := time.Now()
+	for r.ask(apiKey) != invalid {
+		if cache.Stats().FeedLive {
+			t.Fatal("the feed claims to be live")
+		}
+		if time.Since(start) > maxStaleness+2*time.Second {
+			t.Fatalf("admits %v after the change", time.Since(start))
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestRecordsFromRedisAreJudged: a record that comes out of Redis, put there late
+// or put back, is out of date for whoever has heard of the change.
+func TestRecordsFromRedisAreJudged(t *testing.T) {
+	f := newFleet(t, 2, &apikey.CacheOptions{MaxStaleness: time.Minute})
+	apiKey, org := f.enrol(t, live, paid)
+	f.replicas[0].wantCode(t, apiKey, admitted)
+	name, _ := f.replicas[0].cache.RedisNames(apikey.HashKey(apiKey), org.ID)
+	waitFor(t, func() bool { return f.rdb.Exists(t.Context(), name).Val() == 1 })
+	stale, err := f.rdb.Get(t.Context(), name).Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustExec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	for i, r := range f.replicas { // the second one has never read it
+		waitFor(t, func() bool { return r.cache.Stats().Announcements > 0 && r.ask(apiKey) == invalid })
+		if err := f.rdb.Set(t.Context(), name, stale, time.Minute).Err(); err != nil {
+			t.Fatal(err)
+		}
+		if i == 1 && r.cache.Stats().RedisRejected != 0 {
+			t.Error("the record was rejected as forged, and not as out of date")
+		}
+	}
+}
+
+func TestWatchFaults(t *testing.T) {
+	f := newFleet(t, 1, nil)
+	cache := f.replicas[0].cache
+	if err := cache.Watch(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "pool is nil") {
+		t.Errorf("Watch without a pool: %v", err)
+	}
+	if err := cache.Watch(t.Context(), f.pool); err == nil || !strings.Contains(err.Error(), "watched already") {
+		t.Errorf("a second Watch: %v", err)
+	}
+
+	// A server that is not there is no reason to give up.
+	away, err := pgxpool.New(t.Context(), "postgres://u@127.0.0.1:1/db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer away.Close()
+	other := apikey.NewCache(f.rdb, newSecret(), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- other.Watch(ctx, away) }()
+	waitFor(t, func() bool { return other.Stats().FeedErr != nil })
+	if got := other.Stats(); got.FeedLive || !strings.Contains(got.FeedErr.Error(), "connecting") {
+		t.Errorf("%+v", got)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("Watch = %v after its context ended, want nil", err)
+	}
+	// And it may be watched again.
+	ctx, cancel = context.WithCancel(t.Context())
+	go func() { done <- other.Watch(ctx, f.pool) }()
+	waitFor(t, func() bool { return other.Stats().FeedLive })
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("Watch = %v", err)
+	}
+	if other.Stats().FeedLive {
+		t.Error("the feed is live after Watch has returned")
+	}
+}
+
+// TestUnknownAnnouncement: what a newer version of the triggers announces, or
+// somebody makes up, cannot be understood, so nothing is trusted any longer.
+func TestUnknownAnnouncement(t *testing.T) {
+	f := newFleet(t, 1, nil)
+	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677", "group 7 staff", "all 7 staff"} {
+		mustExec(t, f.pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
+		waitFor(t, func() bool {
+			err := f.replicas[0].cache.Stats().FeedErr
+			return err != nil && strings.HasSuffix(err.Error(), fmt.Sprintf("of unknown form: %q", payload))
+		})
+		waitFor(t, func() bool { return f.replicas[0].cache.Stats().FeedLive })
+	}
+	// A foreign beat is none of ours.
+	before := f.replicas[0].cache.Stats()
+	mustExec(t, f.pool, `SELECT pg_notify($1, 'beat 18446744073709551615 AAAA')`, feed.Channel)
+	apiKey, _ := f.enrol(t, live, paid)
+	f.replicas[0].wantCode(t, apiKey, admitted)
+	if got := f.replicas[0].cache.Stats(); !errors.Is(got.FeedErr, before.FeedErr) || !got.FeedLive {
+		t.Errorf("after a foreign beat: %+v", got)
+	}
+}
