@@ -1,0 +1,374 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+// binary is the command, built as users build it.
+var binary string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "apikey-command")
+	if err == nil {
+		binary = filepath.Join(dir, "apikey")
+		var out []byte
+		if out, err = exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+			err = fmt.Errorf("%w\n%s", err, out)
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := testservers.Main(m)
+	_ = os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+const contract = "../../testdata/trackpilots-errors.txt"
+
+// contractBodies returns the documented bodies by code, compact.
+func contractBodies(t *testing.T) map[string]string {
+	t.Helper()
+	text, err := os.ReadFile(contract)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bodies := map[string]string{}
+	for _, block := range regexp.MustCompile(`(?ms)^\{\n.*?^\}`).FindAll(text, -1) {
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, block); err != nil {
+			t.Fatal(err)
+		}
+		code := regexp.MustCompile(`"code": "(\w+)"`).FindSubmatch(block)
+		bodies[string(code[1])] = compact.String()
+	}
+	if len(bodies) != 5 {
+		t.Fatalf("%d documented codes, want 5", len(bodies))
+	}
+	return bodies
+}
+
+// A runningDemo is a demo and what it printed.
+type runningDemo struct {
+	cmd    *exec.Cmd
+	url    string
+	lines  []exampleLine
+	stderr *bytes.Buffer
+}
+
+// An exampleLine is what the demo prints of one example.
+type exampleLine struct{ about, want, curl string }
+
+// startDemo starts a demo on a free port and reads its examples.
+func startDemo(t *testing.T, args ...string) *runningDemo {
+	t.Helper()
+	d := &runningDemo{stderr: new(bytes.Buffer)}
+	d.cmd = exec.Command(binary, append([]string{"demo", "--addr", "127.0.0.1:0"}, args...)...)
+	d.cmd.Env = append(os.Environ(), "DATABASE_URL=", "REDIS_URL=")
+	d.cmd.Stderr = d.stderr
+	stdout, err := d.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if d.cmd.ProcessState == nil {
+			_ = d.cmd.Process.Kill()
+			_ = d.cmd.Wait()
+		}
+	})
+	scanner := bufio.NewScanner(stdout)
+	for len(d.lines) < len(demoExamples()) || d.lines[len(d.lines)-1].curl == "" {
+		if !scanner.Scan() {
+			t.Fatalf("the demo ended after %d examples: %v\n%s", len(d.lines), scanner.Err(), d.stderr)
+		}
+		line := scanner.Text()
+		switch {
+		case strings.HasPrefix(line, "listening on "):
+			d.url, _, _ = strings.Cut(strings.TrimPrefix(line, "listening on "), ",")
+		case strings.HasPrefix(line, "# "):
+			i := strings.LastIndex(line, ": ")
+			d.lines = append(d.lines, exampleLine{about: line[2:i], want: line[i+2:]})
+		case strings.HasPrefix(line, "curl "):
+			d.lines[len(d.lines)-1].curl = line
+		}
+	}
+	return d
+}
+
+// interrupt is Ctrl-C.
+func (d *runningDemo) interrupt(t *testing.T) {
+	t.Helper()
+	if err := d.cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.cmd.Wait(); err != nil || d.stderr.Len() > 0 {
+		t.Errorf("after Ctrl-C: %v\n%s", err, d.stderr)
+	}
+}
+
+// TestDemo runs the printed curl lines, on embedded defaults and on real servers,
+// and ends the demo by Ctrl-C.
+func TestDemo(t *testing.T) {
+	bodies := contractBodies(t)
+	t.Run("embedded", func(t *testing.T) {
+		d := startDemo(t)
+		d.checkCurl(t, bodies)
+		d.interrupt(t)
+	})
+	t.Run("servers", func(t *testing.T) {
+		pool := testservers.Postgres(t)
+		if _, err := pool.Exec(t.Context(), `INSERT INTO plan_catalogue VALUES ('mine', true);
+			INSERT INTO org_plans (org_id, plan, status) VALUES ('mine', 'mine', 'active')`); err != nil {
+			t.Fatal(err)
+		}
+		args := []string{"--database-url", pool.Config().ConnString(), "--redis-url", testservers.RedisURL(t)}
+		first, second := startDemo(t, args...), startDemo(t, args...)
+		first.checkCurl(t, bodies)
+		first.interrupt(t)
+		second.checkCurl(t, bodies) // one that ends does not pull the rug from under another
+		second.interrupt(t)
+
+		var left []string
+		err := pool.QueryRow(t.Context(), `SELECT array(
+			SELECT 'key of ' || org_id FROM api_keys UNION ALL SELECT 'org ' || org_id FROM org_plans
+			UNION ALL SELECT 'plan ' || name FROM plan_catalogue ORDER BY 1)`).Scan(&left)
+		if want := []string{"org mine", "plan mine"}; err != nil || !slices.Equal(left, want) {
+			t.Errorf("the database holds %q, %v, want %q", left, err, want)
+		}
+	})
+	t.Run("environment", func(t *testing.T) {
+		cmd := exec.Command(binary, "demo", "--addr", "127.0.0.1:0")
+		cmd.Env = append(os.Environ(), "DATABASE_URL=postgres://u@127.0.0.1:1/db", "REDIS_URL=")
+		wantFailure(t, cmd, 1, "no answer from PostgreSQL")
+		cmd = exec.Command(binary, "demo", "--addr", "127.0.0.1:0")
+		cmd.Env = append(os.Environ(), "DATABASE_URL=", "REDIS_URL=redis://127.0.0.1:1")
+		wantFailure(t, cmd, 1, "no answer from Redis")
+	})
+}
+
+// checkCurl runs the printed lines as they stand.
+func (d *runningDemo) checkCurl(t *testing.T, bodies map[string]string) {
+	t.Helper()
+	seen := map[string]bool{}
+	for _, line := range d.lines {
+		seen[line.want] = true
+		out, err := exec.Command("sh", "-c", strings.Replace(line.curl, "curl", "curl -sS", 1)).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", line.curl, err, out)
+		}
+		head, body, _ := strings.Cut(string(out), "\r\n\r\n")
+		status := "HTTP/1.1 401 Unauthorized"
+		switch {
+		case line.want == "200":
+			status = "HTTP/1.1 200 OK"
+			if !strings.Contains(body, `"orgId":"demo-paying"`) {
+				t.Errorf("%s: %s", line.about, body)
+			}
+		case body != bodies[line.want]:
+			t.Errorf("%s: body\n%s, want\n%s", line.about, body, bodies[line.want])
+		}
+		if !strings.HasPrefix(head, status+"\r\n") {
+			t.Errorf("%s: %s, want %s", line.about, head, status)
+		}
+	}
+	for code := range bodies {
+		if !seen[code] {
+			t.Errorf("no example shows %s", code)
+		}
+	}
+}
+
+// TestDocumentedClient: the snippet that customers copy throws the documented
+// errors.
+func TestDocumentedClient(t *testing.T) {
+	node, err := exec.LookPath("node")
+	if err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatal("node is not installed: 'apt-get install nodejs'")
+		}
+		t.Skip("node is not installed")
+	}
+	d := startDemo(t)
+	type request struct {
+		Authorization *string `json:"authorization"`
+	}
+	const (
+		misconfigured = "API key is not configured correctly in the request."
+		invalid       = "Invalid or inactive API key. Check your credentials."
+		expired       = "Trackpilots subscription expired. Please upgrade your plan."
+	)
+	documented := map[string]string{
+		"AUTHORIZATION_HEADER_MISSING": misconfigured, "INVALID_API_KEY_SCHEMA": misconfigured, "API_KEY_MISSING": misconfigured,
+		"INVALID_API_KEY": invalid, "PLAN_EXPIRED": expired, "200": "",
+	}
+	var requests []request
+	for _, line := range d.lines {
+		var r request
+		if m := regexp.MustCompile(`'Authorization: (.*)'`).FindStringSubmatch(line.curl); m != nil {
+			r.Authorization = &m[1]
+		}
+		requests = append(requests, r)
+	}
+	input, err := json.Marshal(requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(node, "testdata/client.mjs", contract, d.url)
+	cmd.Stdin = bytes.NewReader(input)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var thrown []*string
+	if err := json.Unmarshal(out, &thrown); err != nil || len(thrown) != len(requests) {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for i, line := range d.lines {
+		got := ""
+		if thrown[i] != nil {
+			got = *thrown[i]
+		}
+		if want, ok := documented[line.want]; !ok || got != want {
+			t.Errorf("%s (%s): throws %q, want %q", line.about, line.want, got, want)
+		}
+	}
+	d.interrupt(t)
+}
+
+// wantFailure runs cmd and wants the status, and one line that says want.
+func wantFailure(t *testing.T, cmd *exec.Cmd, status int, want string) (line string) {
+	t.Helper()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	err := cmd.Run()
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok || exit.ExitCode() != status {
+		t.Errorf("%v: %v, want exit status %d", cmd.Args, err, status)
+	}
+	line = stderr.String()
+	if !strings.Contains(line, want) {
+		t.Errorf("%v says\n%s, want %q in it", cmd.Args, line, want)
+	}
+	if status == 1 && (strings.Count(line, "\n") != 1 || !strings.HasPrefix(line, "apikey: ")) {
+		t.Errorf("%v says\n%s, want one line", cmd.Args, line)
+	}
+	return line
+}
+
+func TestFaults(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	for name, c := range map[string]struct {
+		args   []string
+		status int
+		want   string
+	}{
+		"port taken":            {[]string{"demo", "--addr", taken.Addr().String()}, 1, "address already in use"},
+		"bad address":           {[]string{"demo", "--addr", "nonsense"}, 1, "nonsense"},
+		"PostgreSQL away":       {[]string{"demo", "--database-url", "postgres://u@127.0.0.1:1/db"}, 1, "no answer from PostgreSQL"},
+		"bad PostgreSQL URL":    {[]string{"demo", "--database-url", "no url"}, 1, "the PostgreSQL URL is not one"},
+		"Redis away":            {[]string{"demo", "--redis-url", "redis://127.0.0.1:1"}, 1, "no answer from Redis"},
+		"Redis URL of http":     {[]string{"demo", "--redis-url", "http://127.0.0.1"}, 1, "the Redis URL is not one"},
+		"bad Redis URL":         {[]string{"demo", "--redis-url", "redis://:hunter2@a b"}, 1, "the Redis URL is not one"},
+		"no command":            {nil, 2, "usage: apikey"},
+		"unknown command":       {[]string{"frobnicate"}, 2, `no command "frobnicate"`},
+		"unknown flag":          {[]string{"demo", "--frobnicate"}, 2, "frobnicate"},
+		"unexpected argument":   {[]string{"demo", "now"}, 2, `unexpected argument "now"`},
+		"password not repeated": {[]string{"demo", "--database-url", "postgres://u:hunter2@127.0.0.1:1/db"}, 1, "no answer from PostgreSQL"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if i := slices.Index(c.args, "demo"); i >= 0 && !slices.Contains(c.args, "--addr") {
+				c.args = slices.Insert(c.args, i+1, "--addr", "127.0.0.1:0")
+			}
+			cmd := exec.Command(binary, c.args...)
+			cmd.Env = append(os.Environ(), "DATABASE_URL=", "REDIS_URL=")
+			if line := wantFailure(t, cmd, c.status, c.want); strings.Contains(line, "hunter2") {
+				t.Errorf("repeats a password:\n%s", line)
+			}
+		})
+	}
+}
+
+func TestHelp(t *testing.T) {
+	if out, err := exec.Command(binary, "help").Output(); err != nil || string(out) != usage {
+		t.Errorf("help: %v\n%s", err, out)
+	}
+	if out, err := exec.Command(binary, "demo", "-h").CombinedOutput(); err != nil || !strings.Contains(string(out), "-database-url") {
+		t.Errorf("demo -h: %v\n%s", err, out)
+	}
+}
+
+// TestServeDrains: a request that is under way when the end comes is answered.
+func TestServeDrains(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	started, release := make(chan struct{}), make(chan struct{})
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		close(started)
+		<-release
+		_, _ = io.WriteString(w, "done")
+	})}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- serve(ctx, server, listener) }()
+	answer := make(chan string, 1)
+	go func() {
+		resp, err := http.Get("http://" + listener.Addr().String())
+		if err != nil {
+			answer <- err.Error()
+			return
+		}
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(resp.Body)
+		answer <- string(body)
+	}()
+	<-started
+	cancel()
+	for { // until it takes no more
+		conn, err := net.Dial("tcp", listener.Addr().String())
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			break
+		}
+		if err == nil {
+			_ = conn.Close()
+		}
+		time.Sleep(time.Millisecond)
+	}
+	close(release)
+	if got := <-answer; got != "done" {
+		t.Errorf("the request under way was answered %q", got)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	http.DefaultClient.CloseIdleConnections()
+}
