@@ -34,6 +34,7 @@ func Example() {
 
 	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
 	cache := apikey.NewCache(rdb, secret, nil)
+	go cache.Watch(ctx, pool) //nolint:errcheck // an error is misuse: no pool, or watched already
 	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), nil)
 
 	mux := http.NewServeMux()

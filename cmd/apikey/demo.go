@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
@@ -53,16 +54,23 @@ func demo(ctx context.Context, args []string, stdout, stderr io.Writer) (err err
 	defer closeRedis()
 
 	examples := demoExamples()
-	keys, plans, closeStores, err := openStores(ctx, *databaseURL, examples)
+	stores, err := openStores(ctx, *databaseURL, examples)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeStores()) }()
+	defer func() { err = errors.Join(err, stores.close()) }()
 
 	secret := make([]byte, 32)
 	_, _ = rand.Read(secret) // never fails
 	cache := apikey.NewCache(rdb, secret, nil)
-	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), nil)
+	if stores.pool != nil { // the stores in memory never change
+		ctx, stop := context.WithCancel(context.WithoutCancel(ctx)) // to the end of the last request
+		var watch sync.WaitGroup
+		watch.Go(func() { _ = cache.Watch(ctx, stores.pool) }) // fails only on misuse
+		defer watch.Wait()
+		defer stop()
+	}
+	auth := apikey.New(cache.Keys(stores.keys), cache.Plans(stores.plans), nil)
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/whoami", whoami)
@@ -199,39 +207,46 @@ func openRedis(ctx context.Context, redisURL string) (*redis.Client, func(), err
 	return rdb, func() { _ = rdb.Close() }, nil
 }
 
+// demoStores are what the demo runs on.
+type demoStores struct {
+	keys  apikey.KeyStore
+	plans apikey.PlanStore
+	pool  *pgxpool.Pool // nil: in memory
+	close func() error  // takes back what was put there
+}
+
 // openStores fills the database at databaseURL, or memory if there is none, with what the
-// examples need, and returns the stores and what takes it all back.
-func openStores(ctx context.Context, databaseURL string, examples []example) (apikey.KeyStore, apikey.PlanStore, func() error, error) {
+// examples need.
+func openStores(ctx context.Context, databaseURL string, examples []example) (demoStores, error) {
 	if databaseURL == "" {
 		keys, plans := memoryStores(examples)
-		return keys, plans, func() error { return nil }, nil
+		return demoStores{keys: keys, plans: plans, close: func() error { return nil }}, nil
 	}
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("the PostgreSQL URL is not one: %w", err)
+		return demoStores{}, fmt.Errorf("the PostgreSQL URL is not one: %w", err)
 	}
 	config.ConnConfig.ConnectTimeout = connectTimeout
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
-		return nil, nil, nil, err
+		return demoStores{}, err
 	}
-	if err := pool.Ping(ctx); err != nil {
-		pool.Close()
-		return nil, nil, nil, fmt.Errorf("no answer from PostgreSQL: %w", err)
-	}
-	err = migrations.Apply(ctx, pool)
-	if err == nil {
+	if err = pool.Ping(ctx); err != nil {
+		err = fmt.Errorf("no answer from PostgreSQL: %w", err)
+	} else if err = migrations.Apply(ctx, pool); err == nil {
 		err = seed(ctx, pool, examples)
 	}
 	if err != nil {
 		pool.Close()
-		return nil, nil, nil, err
+		return demoStores{}, err
 	}
-	takeBack := func() error {
-		defer pool.Close()
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
-		defer cancel()
-		return unseed(ctx, pool, examples)
-	}
-	return apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), takeBack, nil
+	return demoStores{
+		keys: apikey.NewPostgresKeyStore(pool), plans: apikey.NewPostgresPlanStore(pool), pool: pool,
+		close: func() error {
+			defer pool.Close()
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectTimeout)
+			defer cancel()
+			return unseed(ctx, pool, examples)
+		},
+	}, nil
 }

@@ -149,6 +149,19 @@ func TestDemo(t *testing.T) {
 		first.checkCurl(t, bodies)
 		first.interrupt(t)
 		second.checkCurl(t, bodies) // one that ends does not pull the rug from under another
+		// What somebody does in psql takes effect, well before what is known grows old.
+		if _, err := pool.Exec(t.Context(), `UPDATE org_plans SET status = 'expired' WHERE org_id = 'demo-paying'`); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			out, err := exec.Command("sh", "-c", second.lines[0].curl).Output()
+			if err == nil && strings.HasSuffix(string(out), bodies["PLAN_EXPIRED"]) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the plan has expired, and the answer is still %v\n%s", err, out)
+			}
+		}
 		second.interrupt(t)
 
 		var left []string
