@@ -5,8 +5,11 @@ import (
 	"crypto/sha256"
 	"net/http"
 	"net/http/httptest"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/keyformat"
@@ -30,66 +33,66 @@ func withKey(authorization string) *http.Request {
 }
 
 // kept holds what a handler is given, as a real one would.
-var kept *http.Request
+var kept atomic.Pointer[http.Request]
 
-func keep(_ http.ResponseWriter, r *http.Request) { kept = r }
+func keep(_ http.ResponseWriter, r *http.Request) { kept.Store(r) }
 
-// BenchmarkFloor is what any middleware that knows its keys has to do: hash,
-// look up, and pass on a request with a context of its own.
-func BenchmarkFloor(b *testing.B) {
-	apiKey := keyformat.New(keyformat.Live)
-	orgs := map[[32]byte]*apikey.Org{sha256.Sum256([]byte(apiKey)): {ID: "org_1"}}
-	type key struct{}
-	floor := func(w http.ResponseWriter, r *http.Request) {
-		org := orgs[sha256.Sum256([]byte(r.Header.Get("Authorization")[len("Bearer "):]))]
-		keep(w, r.WithContext(context.WithValue(r.Context(), key{}, org)))
-	}
-	r := withKey("Bearer " + apiKey)
+// serve runs h on one request over and over, on one core and on all.
+func serve(b *testing.B, h http.Handler, r *http.Request) {
+	b.Helper()
+	b.ReportAllocs()
 	w := discard{http.Header{}}
-	b.Run("serial", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			floor(w, r)
+	for b.Loop() {
+		h.ServeHTTP(w, r)
+	}
+}
+
+func serveParallel(b *testing.B, h http.Handler, r *http.Request) {
+	b.Helper()
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		w := discard{http.Header{}}
+		for pb.Next() {
+			h.ServeHTTP(w, r)
 		}
 	})
 }
 
-// BenchmarkAccept is the way of a good key, by where its facts are found.
+// BenchmarkAccept is the way of a good key, by where its facts are found. The
+// floor is what any middleware that knows its keys has to do: hash, look up in a
+// map, and pass on a request with a context of its own.
 func BenchmarkAccept(b *testing.B) {
-	world := newPostgresWorld(b)
-	rdb, secret := testservers.Redis(b), newSecret()
-	apiKey, _ := world.enrol(b, live, paid)
+	fleet := newFleet(b, 1, nil)
+	apiKey, _ := fleet.enrol(b, live, paid)
 	r := withKey("Bearer " + apiKey)
-	hour := &apikey.CacheOptions{MaxStaleness: time.Hour}
-	noMemory := &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1}
-	serve := func(b *testing.B, h http.Handler) {
-		b.Helper()
-		b.ReportAllocs()
-		w := discard{http.Header{}}
-		for b.Loop() {
-			h.ServeHTTP(w, r)
-		}
-	}
 	next := http.HandlerFunc(keep)
 
-	b.Run("memory", func(b *testing.B) { serve(b, newReplica(world, rdb, secret, hour).Handler(next)) })
-	b.Run("memory, parallel", func(b *testing.B) {
-		h := newReplica(world, rdb, secret, hour).Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-		b.ReportAllocs()
-		b.RunParallel(func(pb *testing.PB) {
-			w := discard{http.Header{}}
-			for pb.Next() {
-				h.ServeHTTP(w, r)
-			}
-		})
+	orgs := map[[32]byte]*apikey.Org{sha256.Sum256([]byte(apiKey)): {ID: "org_1"}}
+	type key struct{}
+	floor := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		org := orgs[sha256.Sum256([]byte(r.Header.Get("Authorization")[len("Bearer "):]))]
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), key{}, org)))
 	})
-	b.Run("Redis", func(b *testing.B) { serve(b, newReplica(world, rdb, secret, noMemory).Handler(next)) })
-	b.Run("PostgreSQL", func(b *testing.B) { serve(b, apikey.New(world, world, nil).Handler(next)) })
-	b.Run("cold", func(b *testing.B) { // neither has it
-		reader := testservers.Redis(b)
-		reader.AddHook(noSet{})
-		serve(b, newReplica(world, reader, newSecret(), noMemory).Handler(next))
-	})
+	memory := fleet.replicas[0].Handler(next)
+	memory.ServeHTTP(discard{http.Header{}}, r)
+	time.Sleep(time.Second) // from then on the feed has to vouch for what is known
+
+	noMemory := func(rdb *redis.Client) http.Handler {
+		return newReplica(fleet, rdb, newSecret(), &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1}).Handler(next)
+	}
+	noSets := testservers.Redis(b)
+	noSets.AddHook(noSet{})
+
+	b.Run("floor", func(b *testing.B) { serve(b, floor, r) })
+	b.Run("memory", func(b *testing.B) { serve(b, memory, r) })
+	b.Run("floor, parallel", func(b *testing.B) { serveParallel(b, floor, r) })
+	b.Run("memory, parallel", func(b *testing.B) { serveParallel(b, memory, r) })
+	b.Run("Redis", func(b *testing.B) { serve(b, noMemory(fleet.rdb), r) })
+	b.Run("PostgreSQL, no cache", func(b *testing.B) { serve(b, apikey.New(fleet, fleet, nil).Handler(next), r) })
+	b.Run("cold", func(b *testing.B) { serve(b, noMemory(noSets), r) }) // in neither memory nor Redis
+	if stats := fleet.replicas[0].cache.Stats(); stats.StoreReads != 2 {
+		b.Errorf("the memory was not hit: %+v", stats)
+	}
 }
 
 // BenchmarkReject is what refusals cost.
@@ -112,6 +115,36 @@ func BenchmarkReject(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				h.ServeHTTP(discard{http.Header{}}, r)
+			}
+		})
+	}
+}
+
+// TestAllocations: what a request may allocate. A known key costs the context and
+// the request that carries it; a refusal costs its headers.
+func TestAllocations(t *testing.T) {
+	f := newFleet(t, 1, nil)
+	good, _ := f.enrol(t, live, paid)
+	bad, _ := f.enrol(t, deactivated, paid)
+	unpaid, _ := f.enrol(t, live, pastDue)
+	h := f.replicas[0].Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	for name, c := range map[string]struct {
+		authorization string
+		budget        float64
+	}{
+		"memory hit":     {"Bearer " + good, 2},
+		"no header":      {"", 12},
+		"malformed":      {"Bearer not a key", 13},
+		"wrong checksum": {"Bearer tpk_live_00000000000000000000000000000000000000000002nd1uY", 13},
+		"absent":         {"Bearer " + keyformat.New(keyformat.Live), 13},
+		"deactivated":    {"Bearer " + bad, 13},
+		"plan expired":   {"Bearer " + unpaid, 12},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := withKey(c.authorization)
+			w := discard{http.Header{}}
+			if n := testing.AllocsPerRun(1000, func() { clear(w.header); h.ServeHTTP(w, r) }); n > c.budget {
+				t.Errorf("%v allocations a request, want %v at most", n, c.budget)
 			}
 		})
 	}

@@ -121,7 +121,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		o.MemoryEntries = 32_768
 	}
 	switch {
-	case rdb == nil:
+	case isNil(rdb):
 		panic("apikey: NewCache: rdb is nil: pass a Redis client")
 	case !honoursContext(rdb):
 		panic("apikey: NewCache: set ContextTimeoutEnabled: true in the options of the Redis client; " +
@@ -221,59 +221,57 @@ func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 // Keys returns next behind the cache. All key stores behind one Cache share its
 // records, so they must hold the same keys. It panics if next is nil.
 func (c *Cache) Keys(next KeyStore) KeyStore {
-	if next == nil {
+	if isNil(next) {
 		panic("apikey: Cache.Keys: next is nil: pass the KeyStore to read through to")
 	}
-	return &cachedKeys{c.keys, next}
+	return cachedKeys{cached[KeyHash, Key]{c.keys, next.Key}}
 }
 
 // Plans returns next behind the cache. All plan stores behind one Cache share its
 // records, so they must hold the same plans. It panics if next is nil.
 func (c *Cache) Plans(next PlanStore) PlanStore {
-	if next == nil {
+	if isNil(next) {
 		panic("apikey: Cache.Plans: next is nil: pass the PlanStore to read through to")
 	}
-	return &cachedPlans{c.plans, next}
+	return cachedPlans{cached[string, Plan]{c.plans, next.Plan}}
 }
 
-type cachedKeys struct {
-	layer *layer[KeyHash, Key]
-	next  KeyStore
+// cached is a store behind a layer.
+type cached[S comparable, V any] struct {
+	*layer[S, V]
+	load func(context.Context, S) (V, error)
 }
+
+func (c cached[S, V]) fetch(ctx context.Context, subject S) (*record[V], error) {
+	return c.layer.fetch(ctx, subject, c.load)
+}
+
+// answer answers as a store does.
+func (c cached[S, V]) answer(ctx context.Context, subject S) (V, error) {
+	rec := c.recall(subject, time.Now())
+	if rec == nil {
+		var err error
+		if rec, err = c.fetch(ctx, subject); err != nil {
+			var none V
+			return none, err
+		}
+	}
+	if !rec.found {
+		return rec.value, ErrNotFound
+	}
+	return rec.value, nil
+}
+
+type cachedKeys struct{ cached[KeyHash, Key] }
 
 // Key implements [KeyStore].
-func (k *cachedKeys) Key(ctx context.Context, h KeyHash) (Key, error) {
-	key, _, err := k.keyAt(ctx, h, time.Now())
-	return key, err
-}
+func (k cachedKeys) Key(ctx context.Context, h KeyHash) (Key, error) { return k.answer(ctx, h) }
 
-func (k *cachedKeys) keyAt(ctx context.Context, h KeyHash, now time.Time) (Key, time.Time, error) {
-	if rec := k.layer.recall(h, now); rec != nil {
-		key, err := rec.answer()
-		return key, now, err
-	}
-	key, err := k.layer.fetch(ctx, h, k.next.Key)
-	return key, time.Now(), err
-}
-
-type cachedPlans struct {
-	layer *layer[string, Plan]
-	next  PlanStore
-}
+type cachedPlans struct{ cached[string, Plan] }
 
 // Plan implements [PlanStore].
-func (p *cachedPlans) Plan(ctx context.Context, orgID string) (Plan, error) {
-	plan, _, err := p.planAt(ctx, orgID, time.Now())
-	return plan, err
-}
-
-func (p *cachedPlans) planAt(ctx context.Context, orgID string, now time.Time) (Plan, time.Time, error) {
-	if rec := p.layer.recall(orgID, now); rec != nil {
-		plan, err := rec.answer()
-		return plan, now, err
-	}
-	plan, err := p.layer.fetch(ctx, orgID, p.next.Plan)
-	return plan, time.Now(), err
+func (p cachedPlans) Plan(ctx context.Context, orgID string) (Plan, error) {
+	return p.answer(ctx, orgID)
 }
 
 // A layer is the cache of one kind of facts: S is what they are looked up by,
@@ -299,11 +297,16 @@ type record[V any] struct {
 	cleared  atomic.Pointer[feed.State] // the last state of the log in which it was not refuted
 }
 
-func (r *record[V]) answer() (V, error) {
-	if !r.found {
-		return r.value, ErrNotFound
+// newRecord is the record of a store's answer, without a stamp. The error is that
+// the store could not look.
+func newRecord[V any](value V, err error) (*record[V], error) {
+	switch {
+	case err == nil:
+		return &record[V]{value: value, found: true}, nil
+	case errors.Is(err, ErrNotFound):
+		return new(record[V]), nil
 	}
-	return r.value, nil
+	return nil, err
 }
 
 func (l *layer[S, V]) makeTables(entries int, hash func(S) uint64) {
@@ -358,8 +361,7 @@ func (l *layer[S, V]) remember(subject S, rec *record[V]) {
 
 // fetch gets the facts of subject from Redis or by load. All who ask for one
 // subject at the same time share one flight; a caller that goes away leaves it.
-func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (V, error) {
-	var none V
+func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], error) {
 	name := l.name(subject)
 	for asked := time.Now(); ; {
 		landed := l.flights.DoChan(name, func() (any, error) {
@@ -370,16 +372,16 @@ func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Co
 		select {
 		case result := <-landed:
 			if result.Err != nil {
-				return none, result.Err
+				return nil, result.Err
 			}
 			// A flight that had started before this request may have missed a change that
 			// was announced before it. The next one cannot have.
 			flight := result.Val.(flight[V])
 			if !flight.started.Before(asked) || l.usable(subject, flight.rec, time.Now()) {
-				return flight.rec.answer()
+				return flight.rec, nil
 			}
 		case <-ctx.Done():
-			return none, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
 }
@@ -435,15 +437,12 @@ func (l *layer[S, V]) read(ctx context.Context, subject S, load func(context.Con
 	l.cache.storeReads.Add(1)
 	ctx, stamp := snapshot.Collect(ctx)
 	readAt := time.Now()
-	value, err := load(ctx, subject)
-	rec := &record[V]{snapshot: stamp.Snapshot(), readAt: readAt}
-	switch {
-	case err == nil:
-		rec.found, rec.value = true, value
-	case !errors.Is(err, ErrNotFound):
+	rec, err := newRecord(load(ctx, subject))
+	if err != nil {
 		l.cache.storeErrors.Add(1)
 		return nil, err
 	}
+	rec.snapshot, rec.readAt = stamp.Snapshot(), readAt
 	return rec, nil
 }
 

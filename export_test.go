@@ -22,7 +22,11 @@ func (c *Cache) RedisNames(h KeyHash, orgID string) (key, plan string) {
 
 // FetchKey is what follows when a key was not found in memory.
 func (c *Cache) FetchKey(ctx context.Context, h KeyHash, load func(context.Context, KeyHash) (Key, error)) (Key, error) {
-	return c.keys.fetch(ctx, h, load)
+	rec, err := c.keys.fetch(ctx, h, load)
+	if err != nil {
+		return Key{}, err
+	}
+	return rec.value, nil
 }
 
 // Log is what the cache knows of changes.

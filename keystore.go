@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"reflect"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -71,7 +72,7 @@ type PostgresKeyStore struct{ db DB }
 
 // NewPostgresKeyStore returns the key store on db. It panics if db is nil.
 func NewPostgresKeyStore(db DB) *PostgresKeyStore {
-	if db == nil {
+	if isNil(db) {
 		panic("apikey: NewPostgresKeyStore: db is nil: pass a *pgxpool.Pool")
 	}
 	return &PostgresKeyStore{db}
@@ -100,6 +101,19 @@ func (s *PostgresKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
 		return Key{}, ErrNotFound
 	}
 	return Key{ID: *id, OrgID: *orgID, Active: *active, ExpiresAt: timeOrZero(expiresAt)}, nil
+}
+
+// isNil reports whether v is nil, or holds a nil pointer or function: what would
+// panic at the first request.
+func isNil(v any) bool {
+	if v == nil {
+		return true
+	}
+	switch r := reflect.ValueOf(v); r.Kind() {
+	case reflect.Pointer, reflect.Func:
+		return r.IsNil()
+	}
+	return false
 }
 
 // timeOrZero maps NULL to the zero time.

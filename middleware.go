@@ -4,6 +4,7 @@
 //
 //	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
 //	cache := apikey.NewCache(rdb, secret, nil)
+//	go cache.Watch(ctx, pool)
 //	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), nil)
 //	http.ListenAndServe(addr, auth.Handler(mux))
 //
@@ -17,8 +18,10 @@
 // a refusal: it is [ErrUnavailable], status 503.
 //
 // A [Cache] stands between the middleware and its stores. It remembers facts in
-// the process and in Redis, with the time at which they were read, and judges
-// their age when they are used.
+// the process and in Redis, each with the time and the Postgres snapshot it was
+// read in, and judges them when they are used: a fact that a change has overtaken
+// is read again. [Cache.Watch] hears of the changes, which the database announces
+// itself, so a plain UPDATE takes effect on every replica within milliseconds.
 package apikey
 
 // The way in: header -> key -> plan -> organisation in the context, or a refusal.
@@ -73,47 +76,40 @@ type Options struct {
 // A Middleware admits the requests of organisations whose key is live and whose
 // plan includes the API, and refuses all others. It is safe for concurrent use.
 type Middleware struct {
-	keys  timedKeyStore
-	plans timedPlanStore
+	keys  facts[KeyHash, Key]
+	plans facts[string, Plan]
 	opts  Options
 }
 
-// The stores as a request asks them. It reads the clock once, since that costs
-// more than what a known key needs of the cache; a store that took its time
-// returns the time at which it answered.
-type (
-	timedKeyStore interface {
-		keyAt(ctx context.Context, h KeyHash, now time.Time) (Key, time.Time, error)
-	}
-	timedPlanStore interface {
-		planAt(ctx context.Context, orgID string, now time.Time) (Plan, time.Time, error)
-	}
-	untimedKeys  struct{ KeyStore }
-	untimedPlans struct{ PlanStore }
-)
-
-func (s untimedKeys) keyAt(ctx context.Context, h KeyHash, _ time.Time) (Key, time.Time, error) {
-	key, err := s.Key(ctx, h)
-	return key, time.Now(), err
+// Facts are a store as a request asks it: first for what costs no waiting, then
+// for what does. A Cache has both, any other store only the latter.
+type facts[S comparable, V any] interface {
+	recall(subject S, now time.Time) *record[V] // nil: not known here
+	fetch(ctx context.Context, subject S) (*record[V], error)
 }
 
-func (s untimedPlans) planAt(ctx context.Context, orgID string, _ time.Time) (Plan, time.Time, error) {
-	plan, err := s.Plan(ctx, orgID)
-	return plan, time.Now(), err
+// A direct store is one without a cache. It is the method of a KeyStore or a
+// PlanStore.
+type direct[S comparable, V any] func(context.Context, S) (V, error)
+
+func (direct[S, V]) recall(S, time.Time) *record[V] { return nil }
+
+func (load direct[S, V]) fetch(ctx context.Context, subject S) (*record[V], error) {
+	return newRecord(load(ctx, subject))
 }
 
 // New returns a Middleware on the two stores; opts may be nil. It panics on a nil
 // store and on options that cannot work.
 func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
-	if keys == nil || plans == nil {
+	if isNil(keys) || isNil(plans) {
 		panic("apikey: New: a store is nil: pass a KeyStore and a PlanStore")
 	}
-	m := &Middleware{keys: untimedKeys{keys}, plans: untimedPlans{plans}}
-	if timed, ok := keys.(timedKeyStore); ok {
-		m.keys = timed
+	m := &Middleware{keys: direct[KeyHash, Key](keys.Key), plans: direct[string, Plan](plans.Plan)}
+	if cached, ok := keys.(facts[KeyHash, Key]); ok {
+		m.keys = cached
 	}
-	if timed, ok := plans.(timedPlanStore); ok {
-		m.plans = timed
+	if cached, ok := plans.(facts[string, Plan]); ok {
+		m.plans = cached
 	}
 	if opts != nil {
 		m.opts = *opts
@@ -141,7 +137,7 @@ func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
 // tend to answer 404 and 405 without the middleware that is mounted inside them.
 // CORS belongs outside: a preflight carries no key.
 func (m *Middleware) Handler(next http.Handler) http.Handler {
-	if next == nil {
+	if isNil(next) {
 		panic("apikey: Middleware.Handler: next is nil: pass the handler to protect")
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -188,36 +184,47 @@ func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	return org, err
 }
 
-// decide is Authenticate, but names the organisation as soon as it is known.
-func (m *Middleware) decide(r *http.Request) (Org, error) {
+// decide is Authenticate, but names the organisation as soon as it is known. It
+// reads the clock once for all that is known here, since that costs as much as
+// finding it.
+func (m *Middleware) decide(r *http.Request) (org Org, err error) {
 	apiKey, err := bearerKey(r.Header["Authorization"])
 	if err != nil {
-		return Org{}, err
-	}
-	if !keyformat.Plausible(apiKey) {
-		return Org{}, ErrInvalidAPIKey
+		return org, err
 	}
 
-	key, now, err := m.keys.keyAt(r.Context(), HashKey(apiKey), time.Now())
-	if errors.Is(err, ErrNotFound) {
-		return Org{}, ErrInvalidAPIKey
+	hash, now := HashKey(apiKey), time.Now()
+	key := m.keys.recall(hash, now)
+	if key == nil {
+		// Only now: what is known here has passed before.
+		if !keyformat.Plausible(apiKey) {
+			return org, ErrInvalidAPIKey
+		}
+		if key, err = m.keys.fetch(r.Context(), hash); err != nil {
+			return org, unavailable(err)
+		}
+		now = time.Now()
 	}
-	if err == nil && key.OrgID == "" {
-		err = errors.New("apikey: the KeyStore returned a key without OrgID")
+	if !key.found {
+		return org, ErrInvalidAPIKey
 	}
-	if err != nil {
-		return Org{}, unavailable(err)
+	if key.value.OrgID == "" {
+		return org, unavailable(errors.New("apikey: the KeyStore returned a key without OrgID"))
 	}
-	org := Org{ID: key.OrgID, KeyID: key.ID}
-	if !key.live(now) {
+	org.ID, org.KeyID = key.value.OrgID, key.value.ID
+	if !key.value.live(now) {
 		return org, ErrInvalidAPIKey // before the plan: a dead key learns nothing of it
 	}
 
-	org.Plan, now, err = m.plans.planAt(r.Context(), key.OrgID, now)
-	if err != nil && !errors.Is(err, ErrNotFound) {
-		return org, unavailable(err)
+	plan := m.plans.recall(org.ID, now)
+	if plan == nil {
+		if plan, err = m.plans.fetch(r.Context(), org.ID); err != nil {
+			return org, unavailable(err)
+		}
+		now = time.Now()
 	}
-	if err != nil || !org.Plan.AllowsAPI(now) {
+	org.Plan = plan.value
+	if !plan.found || !plan.value.AllowsAPI(now) {
 		return org, ErrPlanExpired
 	}
 	return org, nil
@@ -243,13 +250,13 @@ func bearerKey(values []string) (string, error) {
 		return "", ErrInvalidAPIKeySchema
 	}
 	key = strings.TrimLeft(key, " ")
-	if strings.TrimLeft(key, " \t") == "" {
+	switch {
+	case len(key) <= maxKeyLen && isToken68(key):
+		return key, nil
+	case strings.Trim(key, " \t") == "":
 		return "", ErrAPIKeyMissing // net/http trims the blanks on HTTP/1.1, not on HTTP/2
 	}
-	if len(key) > maxKeyLen || !isToken68(key) {
-		return "", ErrInvalidAPIKey
-	}
-	return key, nil
+	return "", ErrInvalidAPIKey
 }
 
 // isToken68 reports whether s is a token68 (RFC 9110, section 11.2).

@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -611,7 +613,10 @@ func TestConfigurationFaults(t *testing.T) {
 		"quote in realm":    {func() { apikey.New(w, w, &apikey.Options{Realm: `a"b`}) }, "printable ASCII"},
 		"newline in realm":  {func() { apikey.New(w, w, &apikey.Options{Realm: "a\r\nb"}) }, "printable ASCII"},
 		"umlaut in realm":   {func() { apikey.New(w, w, &apikey.Options{Realm: "ä"}) }, "printable ASCII"},
+		"nil function":      {func() { apikey.New(apikey.KeyStoreFunc(nil), w, nil) }, "pass a KeyStore"},
 		"no handler":        {func() { mw.Handler(nil) }, "pass the handler"},
+		"nil handler func":  {func() { mw.Handler(http.HandlerFunc(nil)) }, "pass the handler"},
+		"nil pool":          {func() { apikey.NewPostgresKeyStore((*pgxpool.Pool)(nil)) }, "pass a *pgxpool.Pool"},
 		"no key database":   {func() { apikey.NewPostgresKeyStore(nil) }, "pass a *pgxpool.Pool"},
 		"no plans database": {func() { apikey.NewPostgresPlanStore(nil) }, "pass a *pgxpool.Pool"},
 	} {

@@ -61,7 +61,7 @@ type PostgresPlanStore struct{ db DB }
 
 // NewPostgresPlanStore returns the plan store on db. It panics if db is nil.
 func NewPostgresPlanStore(db DB) *PostgresPlanStore {
-	if db == nil {
+	if isNil(db) {
 		panic("apikey: NewPostgresPlanStore: db is nil: pass a *pgxpool.Pool")
 	}
 	return &PostgresPlanStore{db}
