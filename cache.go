@@ -18,6 +18,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
+	"github.com/sony/gobreaker/v2"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/trackpilots/apikey/internal/feed"
@@ -31,8 +32,9 @@ const (
 	minStaleness = 100 * time.Millisecond
 
 	redisBudget  = 50 * time.Millisecond  // for one GET or SET
-	storeBudget  = 500 * time.Millisecond // for one lookup, the wait for a slot included
+	storeBudget  = 500 * time.Millisecond // for one lookup
 	storeSlots   = 8                      // lookups at once
+	slotWait     = 100 * time.Millisecond // for one of them
 	pendingSets  = 64                     // SETs at once; beyond, the record stays in memory only
 	absentSlots  = 1024                   // so a flood of made-up keys takes no memory
 	redisKeyRoot = "apikey:1:"
@@ -40,6 +42,11 @@ const (
 	// A refusal needs better facts than an admission: a customer who has just paid
 	// tries again at once.
 	refusalStaleness = time.Second
+
+	// What fails this often in a row is not asked for a while, and then by one
+	// request at a time, so that an outage does not cost every request its budget.
+	breakAfter = 3
+	breakFor   = time.Second
 )
 
 // CacheOptions are the optional parts of a [Cache].
@@ -52,9 +59,16 @@ type CacheOptions struct {
 
 	// RefreshAfter is the age at which facts are read again although no change of
 	// them was announced, and so bounds how long a change goes unnoticed that no
-	// trigger announces. It is also the time to live of records in Redis. At least
-	// MaxStaleness. Defaults to 5 min, or MaxStaleness if that is more.
+	// trigger announces. At least MaxStaleness. Defaults to 5 min, or MaxStaleness if
+	// that is more.
 	RefreshAfter time.Duration
+
+	// StaleIfError is the age up to which facts still admit a request while the store
+	// cannot be read (RFC 5861, section 4), unless a change of them was announced.
+	// Such facts never refuse: what they would refuse is [ErrUnavailable]. It is also
+	// the time to live of records in Redis. At least MaxStaleness. Defaults to 15 min,
+	// or RefreshAfter if that is more.
+	StaleIfError time.Duration
 
 	// MemoryEntries is the number of keys, and also of plans, that are held in the
 	// process. It is rounded up to a power of two; negative turns the layer off.
@@ -69,8 +83,11 @@ type CacheStats struct {
 	RedisMisses   uint64 // no record in Redis that may be used
 	RedisRejected uint64 // of the misses: the value was not sealed by us for its name
 	RedisErrors   uint64 // GET or SET failed or took over 50 ms
+	RedisSkipped  uint64 // GET or SET not sent, since Redis had failed several times in a row
 	StoreReads    uint64 // lookups in a store
-	StoreErrors   uint64 // of these: could not look
+	StoreErrors   uint64 // could not look: the lookup failed, took over 500 ms, or had to wait too long for its turn
+	StoreSkipped  uint64 // lookups not made, since the store had failed several times in a row
+	StaleUses     uint64 // admitted on facts past their time, since the store could not be read
 
 	FeedLive      bool   // announcements are known to arrive; false until Watch is under way
 	FeedErr       error  // why the last session of Watch ended, or none began; nil if none was tried
@@ -92,11 +109,14 @@ type Cache struct {
 	maxStaleness        time.Duration // of facts that admit
 	maxRefusalStaleness time.Duration // of facts that refuse
 	refreshAfter        time.Duration
+	staleIfError        time.Duration
+	redis               *gobreaker.CircuitBreaker[[]byte]
 	slots, sets         chan struct{}
 	keys                *layer[KeyHash, Key]
 	plans               *layer[string, Plan]
 
-	redisHits, redisMisses, redisRejected, redisErrors, storeReads, storeErrors atomic.Uint64
+	redisHits, redisMisses, redisRejected, redisErrors, redisSkipped atomic.Uint64
+	storeReads, storeErrors, storeSkipped, staleUses                 atomic.Uint64
 }
 
 // NewCache returns a Cache on rdb, which stays the caller's to close. All replicas
@@ -117,6 +137,9 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	if o.RefreshAfter == 0 {
 		o.RefreshAfter = max(5*time.Minute, o.MaxStaleness)
 	}
+	if o.StaleIfError == 0 {
+		o.StaleIfError = max(15*time.Minute, o.RefreshAfter)
+	}
 	if o.MemoryEntries == 0 {
 		o.MemoryEntries = 32_768
 	}
@@ -132,6 +155,8 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.MaxStaleness is %v: use at least %v", o.MaxStaleness, minStaleness))
 	case o.RefreshAfter < o.MaxStaleness:
 		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.RefreshAfter is %v: use at least MaxStaleness, %v", o.RefreshAfter, o.MaxStaleness))
+	case o.StaleIfError < o.MaxStaleness:
+		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.StaleIfError is %v: use at least MaxStaleness, %v", o.StaleIfError, o.MaxStaleness))
 	}
 
 	c := &Cache{
@@ -141,11 +166,14 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		maxStaleness:        o.MaxStaleness,
 		maxRefusalStaleness: min(o.MaxStaleness, refusalStaleness),
 		refreshAfter:        o.RefreshAfter,
+		staleIfError:        o.StaleIfError,
+		redis:               newBreaker[[]byte](redis.Nil),
 		slots:               make(chan struct{}, storeSlots),
 		sets:                make(chan struct{}, pendingSets),
 	}
 	c.keys = &layer[KeyHash, Key]{
 		cache:  c,
+		store:  newBreaker[*record[Key]](nil),
 		name:   func(h KeyHash) string { return redisKeyRoot + "key:" + hex.EncodeToString(h[:]) },
 		topic:  func(h KeyHash) string { return "key " + hex.EncodeToString(h[:8]) },
 		admits: Key.live,
@@ -155,6 +183,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	c.keys.makeTables(o.MemoryEntries, func(h KeyHash) uint64 { return binary.LittleEndian.Uint64(h[:]) })
 	c.plans = &layer[string, Plan]{
 		cache:  c,
+		store:  newBreaker[*record[Plan]](nil),
 		name:   func(orgID string) string { return redisKeyRoot + "plan:" + orgID },
 		topic:  func(orgID string) string { return "plan " + orgID },
 		admits: Plan.AllowsAPI,
@@ -164,6 +193,20 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	seed := maphash.MakeSeed()
 	c.plans.makeTables(o.MemoryEntries, func(orgID string) uint64 { return maphash.String(seed, orgID) })
 	return c
+}
+
+// newBreaker returns a breaker that takes all errors but one for failures.
+func newBreaker[T any](answer error) *gobreaker.CircuitBreaker[T] {
+	return gobreaker.NewCircuitBreaker[T](gobreaker.Settings{
+		Timeout:      breakFor,
+		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, answer) },
+	})
+}
+
+// skipped reports whether err is a breaker's word that it did not ask.
+func skipped(err error) bool {
+	return errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests)
 }
 
 // honoursContext reports whether a deadline ends a command of rdb. A client of
@@ -187,8 +230,11 @@ func (c *Cache) Stats() CacheStats {
 		RedisMisses:   c.redisMisses.Load(),
 		RedisRejected: c.redisRejected.Load(),
 		RedisErrors:   c.redisErrors.Load(),
+		RedisSkipped:  c.redisSkipped.Load(),
 		StoreReads:    c.storeReads.Load(),
 		StoreErrors:   c.storeErrors.Load(),
+		StoreSkipped:  c.storeSkipped.Load(),
+		StaleUses:     c.staleUses.Load(),
 		FeedLive:      c.log.Live(c.log.State(), time.Now()),
 		FeedErr:       c.log.Fault(),
 		Announcements: c.log.Announcements(),
@@ -242,7 +288,7 @@ type cached[S comparable, V any] struct {
 	load func(context.Context, S) (V, error)
 }
 
-func (c cached[S, V]) fetch(ctx context.Context, subject S) (*record[V], error) {
+func (c cached[S, V]) fetch(ctx context.Context, subject S) (*record[V], Source, error) {
 	return c.layer.fetch(ctx, subject, c.load)
 }
 
@@ -251,7 +297,7 @@ func (c cached[S, V]) answer(ctx context.Context, subject S) (V, error) {
 	rec := c.recall(subject, time.Now())
 	if rec == nil {
 		var err error
-		if rec, err = c.fetch(ctx, subject); err != nil {
+		if rec, _, err = c.fetch(ctx, subject); err != nil {
 			var none V
 			return none, err
 		}
@@ -278,6 +324,7 @@ func (p cachedPlans) Plan(ctx context.Context, orgID string) (Plan, error) {
 // V what is known.
 type layer[S comparable, V any] struct {
 	cache   *Cache
+	store   *gobreaker.CircuitBreaker[*record[V]]
 	name    func(S) string // in Redis
 	topic   func(S) string // in announcements
 	admits  func(V, time.Time) bool
@@ -320,16 +367,32 @@ func (l *layer[S, V]) makeTables(entries int, hash func(S) uint64) {
 func (l *layer[S, V]) usable(subject S, rec *record[V], now time.Time) bool {
 	log := l.cache.log
 	state := log.State()
-	if rec.cleared.Load() != state {
-		if log.Refuted(l.topic(subject), rec.snapshot) {
-			return false
-		}
-		rec.cleared.Store(state)
+	if l.refuted(subject, rec, state) {
+		return false
 	}
 	age := feed.Age(rec.readAt, now)
 	return age < l.cache.maxRefusalStaleness ||
 		age < l.cache.refreshAfter && log.Live(state, now) && state.Covers(rec.snapshot, rec.readAt) ||
 		age < l.cache.maxStaleness && rec.found && l.admits(rec.value, now)
+}
+
+// usableIfError reports whether rec, although not usable, may admit a request at
+// now because the store cannot be read.
+func (l *layer[S, V]) usableIfError(subject S, rec *record[V], now time.Time) bool {
+	return rec.found && l.admits(rec.value, now) && feed.Age(rec.readAt, now) < l.cache.staleIfError &&
+		!l.refuted(subject, rec, l.cache.log.State())
+}
+
+// refuted reports whether in state a change is announced that rec has not seen.
+func (l *layer[S, V]) refuted(subject S, rec *record[V], state *feed.State) bool {
+	if rec.cleared.Load() == state {
+		return false
+	}
+	if l.cache.log.Refuted(l.topic(subject), rec.snapshot) {
+		return true
+	}
+	rec.cleared.Store(state)
+	return false
 }
 
 // recall returns the record in memory that may decide a request at now, or nil.
@@ -359,91 +422,125 @@ func (l *layer[S, V]) remember(subject S, rec *record[V]) {
 	l.found.Delete(subject) // recall looks there first
 }
 
-// fetch gets the facts of subject from Redis or by load. All who ask for one
-// subject at the same time share one flight; a caller that goes away leaves it.
-func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], error) {
+// fetch gets the facts of subject from Redis or by load, and tells where they are
+// from. All who ask for one subject at the same time share one flight; a caller
+// that goes away leaves it.
+func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], Source, error) {
 	name := l.name(subject)
 	for asked := time.Now(); ; {
 		landed := l.flights.DoChan(name, func() (any, error) {
-			started := time.Now()
-			rec, err := l.fly(context.WithoutCancel(ctx), subject, name, load)
-			return flight[V]{rec, started}, err
+			f := flight[V]{started: time.Now()}
+			err := l.fly(context.WithoutCancel(ctx), &f, subject, name, load)
+			return f, err
 		})
 		select {
 		case result := <-landed:
 			if result.Err != nil {
-				return nil, result.Err
+				return nil, "", result.Err
 			}
 			// A flight that had started before this request may have missed a change that
 			// was announced before it. The next one cannot have.
-			flight := result.Val.(flight[V])
-			if !flight.started.Before(asked) || l.usable(subject, flight.rec, time.Now()) {
-				return flight.rec, nil
+			f := result.Val.(flight[V])
+			now := time.Now()
+			if !f.started.Before(asked) || l.usable(subject, f.rec, now) ||
+				f.source == SourceStale && l.usableIfError(subject, f.rec, now) {
+				return f.rec, f.source, nil
 			}
 		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+			return nil, "", context.Cause(ctx)
 		}
 	}
 }
 
-// A flight is what a flight brought, and when it started.
+// A flight is when it started, what it brought, and from where.
 type flight[V any] struct {
-	rec     *record[V]
 	started time.Time
+	rec     *record[V]
+	source  Source
 }
 
 // fly is one flight. It runs on a goroutine of its own, where a panic would end
 // the process.
 func (l *layer[S, V]) fly(
-	ctx context.Context, subject S, name string, load func(context.Context, S) (V, error),
-) (rec *record[V], err error) {
+	ctx context.Context, f *flight[V], subject S, name string, load func(context.Context, S) (V, error),
+) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			l.cache.storeErrors.Add(1)
 			err = fmt.Errorf("apikey: the store panicked: %v", p)
 		}
 	}()
-	if rec := l.recall(subject, time.Now()); rec != nil {
-		return rec, nil // the flight before this one has just landed
+	if rec := l.recall(subject, f.started); rec != nil { // the flight before this one has just landed
+		f.rec, f.source = rec, SourceMemory
+		return nil
 	}
-	if rec := l.get(ctx, subject, name); rec != nil {
-		l.remember(subject, rec)
-		return rec, nil
+	inRedis, usable := l.get(ctx, subject, name)
+	if usable {
+		f.rec, f.source = inRedis, SourceRedis
+		l.remember(subject, inRedis)
+		return nil
 	}
-	rec, err = l.read(ctx, subject, load)
+	read, err := l.read(ctx, subject, load)
 	if err != nil {
-		return nil, err
+		stale := l.latest(subject, inRedis)
+		if stale == nil || !l.usableIfError(subject, stale, time.Now()) {
+			return err
+		}
+		l.cache.staleUses.Add(1)
+		f.rec, f.source = stale, SourceStale
+		l.remember(subject, stale)
+		return nil
 	}
-	l.compare(subject, rec)
-	l.remember(subject, rec)
-	if rec.found {
-		l.set(ctx, name, rec)
+	f.rec, f.source = read, SourceStore
+	l.compare(subject, read)
+	l.remember(subject, read)
+	if read.found {
+		l.set(ctx, name, read)
 	}
-	return rec, nil
+	return nil
+}
+
+// latest returns the later of the records in memory and in Redis, or nil.
+func (l *layer[S, V]) latest(subject S, inRedis *record[V]) *record[V] {
+	held := l.held(subject)
+	if held == nil || inRedis != nil && inRedis.readAt.After(held.readAt) {
+		return inRedis
+	}
+	return held
 }
 
 // read asks the store.
 func (l *layer[S, V]) read(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], error) {
-	ctx, cancel := context.WithTimeout(ctx, storeBudget)
-	defer cancel()
+	turn := time.NewTimer(slotWait)
+	defer turn.Stop()
 	select {
 	case l.cache.slots <- struct{}{}:
 		defer func() { <-l.cache.slots }()
-	case <-ctx.Done():
+	case <-turn.C:
 		l.cache.storeErrors.Add(1)
-		return nil, fmt.Errorf("apikey: no lookup slot was free: %w", ctx.Err())
+		return nil, fmt.Errorf("apikey: %d lookups were under way for %v", storeSlots, slotWait)
 	}
-
-	l.cache.storeReads.Add(1)
-	ctx, stamp := snapshot.Collect(ctx)
-	readAt := time.Now()
-	rec, err := newRecord(load(ctx, subject))
-	if err != nil {
+	rec, err := l.store.Execute(func() (*record[V], error) {
+		l.cache.storeReads.Add(1)
+		ctx, cancel := context.WithTimeout(ctx, storeBudget)
+		defer cancel()
+		ctx, stamp := snapshot.Collect(ctx)
+		readAt := time.Now()
+		rec, err := newRecord(load(ctx, subject))
+		if err != nil {
+			return nil, err
+		}
+		rec.snapshot, rec.readAt = stamp.Snapshot(), readAt
+		return rec, nil
+	})
+	switch {
+	case skipped(err):
+		l.cache.storeSkipped.Add(1)
+		return nil, fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breakFor, err)
+	case err != nil:
 		l.cache.storeErrors.Add(1)
-		return nil, err
 	}
-	rec.snapshot, rec.readAt = stamp.Snapshot(), readAt
-	return rec, nil
+	return rec, err
 }
 
 // compare looks for a change that nothing announced: other facts than those in
@@ -459,31 +556,40 @@ func (l *layer[S, V]) compare(subject S, rec *record[V]) {
 	}
 }
 
-// get returns the usable record in Redis, or nil.
-func (l *layer[S, V]) get(ctx context.Context, subject S, name string) *record[V] {
-	ctx, cancel := context.WithTimeout(ctx, redisBudget)
-	defer cancel()
-	value, err := l.cache.rdb.Get(ctx, name).Bytes()
+// get returns the record in Redis, nil if there is none that we sealed, and
+// whether it is usable.
+func (l *layer[S, V]) get(ctx context.Context, subject S, name string) (rec *record[V], usable bool) {
+	value, err := l.cache.redis.Execute(func() ([]byte, error) {
+		ctx, cancel := context.WithTimeout(ctx, redisBudget)
+		defer cancel()
+		return l.cache.rdb.Get(ctx, name).Bytes()
+	})
 	switch {
+	case skipped(err):
+		l.cache.redisSkipped.Add(1)
+		return nil, false
 	case errors.Is(err, redis.Nil):
 		l.cache.redisMisses.Add(1)
-		return nil
+		return nil, false
 	case err != nil:
 		l.cache.redisErrors.Add(1)
-		return nil
+		return nil, false
 	}
-	rec := l.open(name, value)
-	if rec == nil {
+	if rec = l.open(name, value); rec == nil {
 		l.cache.redisRejected.Add(1)
 	}
 	// A record from the future comes from a replica whose clock is ahead, and would
 	// live too long.
-	if now := time.Now(); rec == nil || feed.Age(rec.readAt, now) < 0 || !l.usable(subject, rec, now) {
+	now := time.Now()
+	if rec != nil && feed.Age(rec.readAt, now) < 0 {
+		rec = nil
+	}
+	if rec == nil || !l.usable(subject, rec, now) {
 		l.cache.redisMisses.Add(1)
-		return nil
+		return rec, false
 	}
 	l.cache.redisHits.Add(1)
-	return rec
+	return rec, true
 }
 
 // set puts rec in Redis without holding up the flight. When Redis is too slow to
@@ -496,9 +602,15 @@ func (l *layer[S, V]) set(ctx context.Context, name string, rec *record[V]) {
 	}
 	go func() {
 		defer func() { <-l.cache.sets }()
-		ctx, cancel := context.WithTimeout(ctx, redisBudget)
-		defer cancel()
-		if err := l.cache.rdb.Set(ctx, name, l.seal(name, rec), l.cache.refreshAfter).Err(); err != nil {
+		_, err := l.cache.redis.Execute(func() ([]byte, error) {
+			ctx, cancel := context.WithTimeout(ctx, redisBudget)
+			defer cancel()
+			return nil, l.cache.rdb.Set(ctx, name, l.seal(name, rec), l.cache.staleIfError).Err()
+		})
+		switch {
+		case skipped(err):
+			l.cache.redisSkipped.Add(1)
+		case err != nil:
 			l.cache.redisErrors.Add(1)
 		}
 	}()

@@ -22,7 +22,7 @@ func (c *Cache) RedisNames(h KeyHash, orgID string) (key, plan string) {
 
 // FetchKey is what follows when a key was not found in memory.
 func (c *Cache) FetchKey(ctx context.Context, h KeyHash, load func(context.Context, KeyHash) (Key, error)) (Key, error) {
-	rec, err := c.keys.fetch(ctx, h, load)
+	rec, _, err := c.keys.fetch(ctx, h, load)
 	if err != nil {
 		return Key{}, err
 	}

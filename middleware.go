@@ -47,12 +47,34 @@ type Org struct {
 	Plan  Plan
 }
 
+// A Source is where facts were found.
+type Source string
+
+// The places where facts are found, from near to far.
+const (
+	SourceMemory Source = "memory" // this process
+	SourceRedis  Source = "redis"
+	SourceStore  Source = "store" // PostgreSQL, or a store of your own
+	SourceStale  Source = "stale" // memory or Redis, past their time, since the store could not be read
+)
+
+// farther returns the farther of two places.
+func farther(a, b Source) Source {
+	for _, s := range []Source{SourceStale, SourceStore, SourceRedis, SourceMemory} {
+		if a == s || b == s {
+			return s
+		}
+	}
+	return ""
+}
+
 // A Decision is what became of one request.
 type Decision struct {
 	Code     string        // "" if admitted, else the Code of the refusal
 	Err      error         // nil if admitted, else the refusal, with its cause if it was ErrUnavailable
 	OrgID    string        // "" unless a key was found
 	KeyID    string        // "" unless a key was found
+	Source   Source        // where the facts were found, the farther place if two; "" if none were
 	Duration time.Duration // how long the decision took
 }
 
@@ -85,7 +107,7 @@ type Middleware struct {
 // for what does. A Cache has both, any other store only the latter.
 type facts[S comparable, V any] interface {
 	recall(subject S, now time.Time) *record[V] // nil: not known here
-	fetch(ctx context.Context, subject S) (*record[V], error)
+	fetch(ctx context.Context, subject S) (*record[V], Source, error)
 }
 
 // A direct store is one without a cache. It is the method of a KeyStore or a
@@ -94,8 +116,9 @@ type direct[S comparable, V any] func(context.Context, S) (V, error)
 
 func (direct[S, V]) recall(S, time.Time) *record[V] { return nil }
 
-func (load direct[S, V]) fetch(ctx context.Context, subject S) (*record[V], error) {
-	return newRecord(load(ctx, subject))
+func (load direct[S, V]) fetch(ctx context.Context, subject S) (*record[V], Source, error) {
+	rec, err := newRecord(load(ctx, subject))
+	return rec, SourceStore, err
 }
 
 // New returns a Middleware on the two stores; opts may be nil. It panics on a nil
@@ -166,7 +189,7 @@ func (m *Middleware) Handler(next http.Handler) http.Handler {
 //   - A store could not look: [ErrUnavailable], wrapping the cause.
 func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	if m.opts.Observe == nil {
-		org, err := m.decide(r)
+		org, _, err := m.decide(r)
 		if err != nil {
 			return Org{}, err
 		}
@@ -174,8 +197,8 @@ func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	}
 
 	start := time.Now()
-	org, err := m.decide(r)
-	d := Decision{Err: err, OrgID: org.ID, KeyID: org.KeyID, Duration: time.Since(start)}
+	org, source, err := m.decide(r)
+	d := Decision{Err: err, OrgID: org.ID, KeyID: org.KeyID, Source: source, Duration: time.Since(start)}
 	if e, ok := errors.AsType[*Error](err); ok {
 		d.Code = e.Code
 		org = Org{}
@@ -184,50 +207,52 @@ func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	return org, err
 }
 
-// decide is Authenticate, but names the organisation as soon as it is known. It
-// reads the clock once for all that is known here, since that costs as much as
-// finding it.
-func (m *Middleware) decide(r *http.Request) (org Org, err error) {
+// decide is Authenticate, but names the organisation as soon as it is known, and
+// tells where its facts were found. It reads the clock once for all that is known
+// here, since that costs as much as finding it.
+func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error) {
 	apiKey, err := bearerKey(r.Header["Authorization"])
 	if err != nil {
-		return org, err
+		return org, "", err
 	}
 
 	hash, now := HashKey(apiKey), time.Now()
+	source = SourceMemory
 	key := m.keys.recall(hash, now)
 	if key == nil {
 		// Only now: what is known here has passed before.
 		if !keyformat.Plausible(apiKey) {
-			return org, ErrInvalidAPIKey
+			return org, "", ErrInvalidAPIKey
 		}
-		if key, err = m.keys.fetch(r.Context(), hash); err != nil {
-			return org, unavailable(err)
+		if key, source, err = m.keys.fetch(r.Context(), hash); err != nil {
+			return org, source, unavailable(err)
 		}
 		now = time.Now()
 	}
 	if !key.found {
-		return org, ErrInvalidAPIKey
+		return org, source, ErrInvalidAPIKey
 	}
 	if key.value.OrgID == "" {
-		return org, unavailable(errors.New("apikey: the KeyStore returned a key without OrgID"))
+		return org, source, unavailable(errors.New("apikey: the KeyStore returned a key without OrgID"))
 	}
 	org.ID, org.KeyID = key.value.OrgID, key.value.ID
 	if !key.value.live(now) {
-		return org, ErrInvalidAPIKey // before the plan: a dead key learns nothing of it
+		return org, source, ErrInvalidAPIKey // before the plan: a dead key learns nothing of it
 	}
 
 	plan := m.plans.recall(org.ID, now)
 	if plan == nil {
-		if plan, err = m.plans.fetch(r.Context(), org.ID); err != nil {
-			return org, unavailable(err)
+		var from Source
+		if plan, from, err = m.plans.fetch(r.Context(), org.ID); err != nil {
+			return org, source, unavailable(err)
 		}
-		now = time.Now()
+		source, now = farther(source, from), time.Now()
 	}
 	org.Plan = plan.value
 	if !plan.found || !plan.value.AllowsAPI(now) {
-		return org, ErrPlanExpired
+		return org, source, ErrPlanExpired
 	}
-	return org, nil
+	return org, source, nil
 }
 
 func unavailable(cause error) error { return fmt.Errorf("%w: %w", ErrUnavailable, cause) }

@@ -537,6 +537,9 @@ func TestObserve(t *testing.T) {
 			want.Code = wantCode(r.key, r.plan)
 			want.Err = map[string]error{invalid: apikey.ErrInvalidAPIKey, planExpired: apikey.ErrPlanExpired}[want.Code]
 		}
+		if len(r.lines) > 0 {
+			want.Source = apikey.SourceStore
+		}
 		if c.named {
 			want.OrgID, want.KeyID = org.ID, org.KeyID
 		}

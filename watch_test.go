@@ -407,6 +407,7 @@ func TestBrokenFeeds(t *testing.T) {
 	const (
 		maxStaleness = time.Second
 		refreshAfter = 3 * time.Second
+		staleIfError = 2 * time.Second
 		slack        = 2 * time.Second // for a busy machine
 	)
 	for name, c := range map[string]struct {
@@ -432,7 +433,7 @@ func TestBrokenFeeds(t *testing.T) {
 			heal:   func(_ *testing.T, _ *fleet, l *link) { l.heal() },
 		},
 		"both paths frozen": {
-			bound: maxStaleness, want: unavailable,
+			bound: staleIfError, want: unavailable,
 			break_: func(_ *testing.T, _ *fleet, l *link) { l.freezeListen.Store(true); l.freezePool.Store(true) },
 			heal:   func(_ *testing.T, _ *fleet, l *link) { l.heal() },
 		},
@@ -451,7 +452,9 @@ func TestBrokenFeeds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := new(link)
-			f := newFleet(t, 1, &apikey.CacheOptions{MaxStaleness: maxStaleness, RefreshAfter: refreshAfter}, l.install)
+			f := newFleet(t, 1, &apikey.CacheOptions{
+				MaxStaleness: maxStaleness, RefreshAfter: refreshAfter, StaleIfError: staleIfError,
+			}, l.install)
 			r := f.replicas[0]
 			apiKey, org := f.enrol(t, live, paid)
 			r.wantCode(t, apiKey, admitted)

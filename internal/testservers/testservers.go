@@ -9,20 +9,14 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
-	"io/fs"
 	"log"
-	"net"
 	"net/url"
 	"os"
-	"os/exec"
-	"os/user"
 	"path/filepath"
 	"runtime"
 	"runtime/pprof"
-	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -82,6 +76,12 @@ func PostgresURL(tb testing.TB) string {
 	if err != nil {
 		tb.Fatal(err)
 	}
+	return DatabaseAt(tb, server)
+}
+
+// DatabaseAt returns the URL of a new database on a server, as PostgresURL does.
+func DatabaseAt(tb testing.TB, server string) string {
+	tb.Helper()
 	name := "apikey_test_" + strings.ToLower(rand.Text())
 	admin := func(sql string) error {
 		ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
@@ -151,7 +151,13 @@ func RedisURL(tb testing.TB) string {
 // when the test ends.
 func Redis(tb testing.TB) *redis.Client {
 	tb.Helper()
-	opts, err := redis.ParseURL(RedisURL(tb))
+	return RedisAt(tb, RedisURL(tb))
+}
+
+// RedisAt returns a client of the server at url, as Redis does.
+func RedisAt(tb testing.TB, url string) *redis.Client {
+	tb.Helper()
+	opts, err := redis.ParseURL(url)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -193,12 +199,8 @@ pool_mode = transaction
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		tb.Fatal(err)
 	}
-	stop, err := start(dir, dial(filepath.Join(dir, ".s.PGSQL.6432")), binary, file)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(stop)
-	return fmt.Sprintf("postgres://%s@/%s?host=%s&port=6432", url.PathEscape(db.User), db.Database, url.QueryEscape(dir))
+	bouncer := fmt.Sprintf("postgres://%s@/%s?host=%s&port=6432", url.PathEscape(db.User), db.Database, url.QueryEscape(dir))
+	return startOwn(tb, bouncer, dir, "KILL", dial("unix", filepath.Join(dir, ".s.PGSQL.6432")), binary, file).URL
 }
 
 // stops ends the servers that all tests share.
@@ -208,165 +210,86 @@ var postgres = sync.OnceValues(func() (string, error) {
 	if u := os.Getenv("TEST_DATABASE_URL"); u != "" {
 		return u, nil
 	}
-	initdb, err := find("initdb")
+	url, dir, ready, command, err := newCluster()
 	if err != nil {
 		return "", err
 	}
-	dir, err := tempDir()
+	return url, startShared(dir, ready, command...)
+})
+
+// StartPostgres starts a server of the test's own. It crashes by an immediate
+// shutdown, since a postmaster that is killed leaves its children to themselves.
+func StartPostgres(tb testing.TB) *Server {
+	tb.Helper()
+	url, dir, ready, command, err := newCluster()
 	if err != nil {
-		return "", err
+		tb.Fatal(err)
+	}
+	return startOwn(tb, url, dir, "QUIT", ready, command...)
+}
+
+// newCluster makes a new data directory, and returns what is needed to run it.
+func newCluster() (address, dir string, ready func(context.Context) error, command []string, err error) {
+	initdb, err := find("initdb")
+	if err != nil {
+		return "", "", nil, nil, err
+	}
+	if dir, err = tempDir(); err != nil {
+		return "", "", nil, nil, err
 	}
 	data := filepath.Join(dir, "data")
 	out, err := as(dir, initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N").CombinedOutput()
 	if err != nil {
-		return "", fmt.Errorf("testservers: initdb: %w\n%s", err, out)
+		return "", "", nil, nil, fmt.Errorf("testservers: initdb: %w\n%s", err, out)
 	}
-	initdb, err = filepath.EvalSymlinks(initdb) // the server stands beside it
-	if err != nil {
-		return "", err
+	if initdb, err = filepath.EvalSymlinks(initdb); err != nil { // the server stands beside it
+		return "", "", nil, nil, err
 	}
-	server := "postgres://postgres@/postgres?host=" + url.QueryEscape(dir)
-	return server, startShared(dir,
-		func(ctx context.Context) error {
-			conn, err := pgx.Connect(ctx, server)
-			if err != nil {
-				return err
-			}
-			return conn.Close(ctx)
-		},
+	address = "postgres://postgres@/postgres?host=" + url.QueryEscape(dir)
+	ready = func(ctx context.Context) error {
+		conn, err := pgx.Connect(ctx, address)
+		if err != nil {
+			return err
+		}
+		return conn.Close(ctx)
+	}
+	return address, dir, ready, []string{
 		filepath.Join(filepath.Dir(initdb), "postgres"), "-D", data, "-k", dir, "-c", "listen_addresses=",
-		"-c", "fsync=off", "-c", "max_connections=200")
-})
+		"-c", "fsync=off", "-c", "max_connections=200",
+	}, nil
+}
 
 var redisServer = sync.OnceValues(func() (string, error) {
 	if u := os.Getenv("TEST_REDIS_URL"); u != "" {
 		return u, nil
 	}
-	binary, err := find("redis-server")
+	socket, command, err := newRedis()
 	if err != nil {
 		return "", err
+	}
+	return "unix://" + socket, startShared(filepath.Dir(socket), dial("unix", socket), command...)
+})
+
+// StartRedis starts a server of the test's own, with further arguments.
+func StartRedis(tb testing.TB, args ...string) *Server {
+	tb.Helper()
+	socket, command, err := newRedis()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return startOwn(tb, "unix://"+socket, filepath.Dir(socket), "KILL", dial("unix", socket), append(command, args...)...)
+}
+
+// newRedis makes a new directory, and returns what is needed to run a Redis in it.
+func newRedis() (socket string, command []string, err error) {
+	binary, err := find("redis-server")
+	if err != nil {
+		return "", nil, err
 	}
 	dir, err := tempDir()
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	socket := filepath.Join(dir, "redis.sock")
-	return "unix://" + socket, startShared(dir, dial(socket),
-		binary, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", dir)
-})
-
-// find returns the path of a server's binary.
-func find(name string) (string, error) {
-	if path, err := exec.LookPath(name); err == nil {
-		return path, nil
-	}
-	for _, dir := range []string{"/usr/lib/postgresql/*/bin/", "/usr/sbin/"} { // out of PATH on Debian
-		if paths, _ := filepath.Glob(dir + name); len(paths) > 0 {
-			return paths[len(paths)-1], nil
-		}
-	}
-	return "", fmt.Errorf("testservers: %s is not installed: run 'make servers', or on Debian "+
-		"'apt-get install postgresql redis-server pgbouncer'", name)
-}
-
-// tempDir returns a new directory that belongs to the user of as. Its path is
-// short, since that of a Unix socket may have no more than 107 bytes.
-func tempDir() (string, error) {
-	dir, err := os.MkdirTemp("/tmp", "apikey")
-	if err != nil {
-		return "", err
-	}
-	if id := servant(); id != nil {
-		err = os.Chown(dir, int(id.Uid), int(id.Gid))
-	}
-	return dir, err
-}
-
-// servant is whom servers run as: nil for the present user, or somebody without
-// rights if that is root, as whom PostgreSQL refuses to run.
-func servant() *syscall.Credential {
-	if os.Getuid() != 0 {
-		return nil
-	}
-	for _, name := range []string{"postgres", "nobody"} {
-		u, err := user.Lookup(name)
-		if err != nil {
-			continue
-		}
-		uid, err1 := strconv.ParseUint(u.Uid, 10, 32)
-		gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
-		if err1 == nil && err2 == nil {
-			return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
-		}
-	}
-	return nil
-}
-
-func as(dir, name string, args ...string) *exec.Cmd {
-	cmd := exec.Command(name, args...)
-	cmd.Dir = dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: servant(), Setpgid: true}
-	return cmd
-}
-
-// keeper runs a server until its standard input is closed, which happens even
-// when the test process is killed, and removes the directory then.
-const keeper = `dir=$1; shift
-"$@" >"$dir/log" 2>&1 &
-read -r _
-kill -INT $!
-wait
-rm -rf "$dir"`
-
-// startShared starts a server that Main stops.
-func startShared(dir string, ready func(context.Context) error, command ...string) error {
-	stop, err := start(dir, ready, command...)
-	if err == nil {
-		stops = append(stops, stop)
-	}
-	return err
-}
-
-// start starts a server and waits until ready succeeds.
-func start(dir string, ready func(context.Context) error, command ...string) (stop func(), err error) {
-	cmd := as(dir, "/bin/sh", append([]string{"-c", keeper, "keeper", dir}, command...)...)
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	stop = func() {
-		_ = stdin.Close()
-		_ = cmd.Wait()
-		_ = os.RemoveAll(dir)
-	}
-
-	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
-	defer cancel()
-	for {
-		err := ready(ctx)
-		if err == nil {
-			return stop, nil
-		}
-		select {
-		case <-ctx.Done():
-			out, _ := fs.ReadFile(os.DirFS(dir), "log")
-			stop()
-			return nil, fmt.Errorf("testservers: %s does not answer: %w\n%s", command[0], err, out)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-// dial is ready when somebody listens on the socket.
-func dial(socket string) func(context.Context) error {
-	return func(context.Context) error {
-		conn, err := net.Dial("unix", socket)
-		if err != nil {
-			return err
-		}
-		return conn.Close()
-	}
+	socket = filepath.Join(dir, "redis.sock")
+	return socket, []string{binary, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", dir}, nil
 }

@@ -1,0 +1,262 @@
+package apikey_test
+
+// Outages of real servers: every fault of Redis, of PostgreSQL and of both, for
+// every kind of key. Never a 401 for a good key, never a 200 for one whose
+// revocation was announced, never a long wait, and all is well soon after.
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+// A rig is a replica whose servers can be broken, beside one whose cannot.
+type rig struct {
+	*postgresWorld // past all faults
+	replica        // behind them
+	other          replica
+	postgres       *testservers.Proxy
+	redis          *testservers.Proxy
+	redisServer    *redis.Client // past all faults
+}
+
+func newRig(t testing.TB, opts *apikey.CacheOptions) *rig {
+	t.Helper()
+	rg := &rig{postgresWorld: newPostgresWorld(t)}
+	redisURL := testservers.StartRedis(t).URL
+	rg.redisServer = testservers.RedisAt(t, redisURL)
+	secret := newSecret()
+	rg.other = newReplica(rg, rg.redisServer, secret, opts)
+
+	var pgURL string
+	pgURL, rg.postgres = testservers.ProxyPostgres(t, rg.pool.Config().ConnString())
+	redisURL, rg.redis = testservers.ProxyRedis(t, redisURL)
+	rg.replica = watchedReplica(t, testservers.Pool(t, pgURL), testservers.RedisAt(t, redisURL), secret, opts)
+	return rg
+}
+
+// watchedReplica is a replica on a pool of its own that follows changes, and is
+// known to.
+func watchedReplica(t testing.TB, pool *pgxpool.Pool, rdb redis.UniversalClient, secret []byte, opts *apikey.CacheOptions) replica {
+	t.Helper()
+	cache := apikey.NewCache(rdb, secret, opts)
+	watch(t, cache, pool)
+	keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
+	waitFor(t, func() bool { return cache.Stats().FeedLive })
+	return replica{apikey.New(keys, plans, nil), cache}
+}
+
+// An outage breaks a server of a rig, and mends it again.
+type outage struct {
+	name        string
+	begin, end  func(t testing.TB, rg *rig)
+	reads       bool // the server answers reads all the same
+	feedSurvive bool // what is known stays vouched for
+}
+
+func redisOutages() []outage {
+	proxy := func(f testservers.Fault) outage {
+		return outage{
+			name:  string(f),
+			begin: func(t testing.TB, rg *rig) { rg.redis.Set(t, f) },
+			end:   func(t testing.TB, rg *rig) { rg.redis.Set(t, testservers.Healthy) },
+		}
+	}
+	command := func(begin, end []any) (b, e func(testing.TB, *rig)) {
+		do := func(args []any) func(testing.TB, *rig) {
+			return func(t testing.TB, rg *rig) {
+				if err := rg.redisServer.Do(t.Context(), args...).Err(); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		return do(begin), do(end)
+	}
+	erroring := outage{name: "erroring"}
+	erroring.begin, erroring.end = command([]any{"ACL", "SETUSER", "default", "-get", "-set"}, []any{"ACL", "SETUSER", "default", "+get", "+set"})
+	full := outage{name: "out of memory", reads: true}
+	full.begin, full.end = command([]any{"CONFIG", "SET", "maxmemory", "1"}, []any{"CONFIG", "SET", "maxmemory", "0"})
+	readOnly := outage{name: "read-only", reads: true}
+	readOnly.begin, readOnly.end = command([]any{"REPLICAOF", "127.0.0.1", "1"}, []any{"REPLICAOF", "NO", "ONE"})
+	return []outage{
+		proxy(testservers.Down), proxy(testservers.Frozen), proxy(testservers.Slow), proxy(testservers.Reset),
+		erroring, full, readOnly,
+	}
+}
+
+func postgresOutages() []outage {
+	proxy := func(f testservers.Fault) outage {
+		return outage{
+			name:  string(f),
+			begin: func(t testing.TB, rg *rig) { rg.postgres.Set(t, f) },
+			end:   func(t testing.TB, rg *rig) { rg.postgres.Set(t, testservers.Healthy) },
+		}
+	}
+	sql := func(statement string) func(testing.TB, *rig) {
+		return func(t testing.TB, rg *rig) { mustExec(t, rg.pool, statement) }
+	}
+	endSessions := func(t testing.TB, rg *rig) {
+		mustExec(t, rg.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+			WHERE datname = current_database() AND pid <> pg_backend_pid()`)
+	}
+	both := func(a, b func(testing.TB, *rig)) func(testing.TB, *rig) {
+		return func(t testing.TB, rg *rig) { a(t, rg); b(t, rg) }
+	}
+	return []outage{
+		proxy(testservers.Down), proxy(testservers.Frozen), proxy(testservers.Slow), proxy(testservers.Reset),
+		{
+			name: "erroring", feedSurvive: true,
+			begin: sql(`ALTER TABLE api_keys RENAME TO a; ALTER TABLE org_plans RENAME TO o`),
+			end:   sql(`ALTER TABLE a RENAME TO api_keys; ALTER TABLE o RENAME TO org_plans`),
+		},
+		{
+			name: "read-only", reads: true, feedSurvive: true,
+			begin: both(sql(`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$`), endSessions),
+			end: both(sql(`SET default_transaction_read_only = off;
+				DO $$ BEGIN EXECUTE format('ALTER DATABASE %I RESET default_transaction_read_only', current_database()); END $$`), endSessions),
+		},
+	}
+}
+
+// A kind of key, and how it comes to be that.
+type keyKind string
+
+const (
+	inMemory  keyKind = "in memory"
+	inRedis   keyKind = "in Redis only"
+	neverSeen keyKind = "never seen"
+	dead      keyKind = "deactivated"
+	unpaid    keyKind = "plan expired"
+	revoked   keyKind = "revoked just before"
+)
+
+var keyKinds = []keyKind{inMemory, inRedis, neverSeen, dead, unpaid, revoked}
+
+// whenWell is the answer while nothing is broken.
+func (k keyKind) whenWell() string {
+	switch k {
+	case dead, revoked:
+		return invalid
+	case unpaid:
+		return planExpired
+	}
+	return admitted
+}
+
+// wanted is the answer in an outage once all that was fresh has grown old.
+func (k keyKind) wanted(redisReads, postgresReads, feedLive bool) string {
+	switch {
+	case postgresReads:
+		return k.whenWell()
+	case k == inMemory, k == inRedis && redisReads, (k == dead || k == unpaid) && feedLive:
+		return k.whenWell()
+	}
+	return unavailable
+}
+
+// TestFaultMatrix: each outage, for each kind of key.
+func TestFaultMatrix(t *testing.T) {
+	well := outage{reads: true, feedSurvive: true, begin: func(testing.TB, *rig) {}, end: func(testing.TB, *rig) {}}
+	run := func(name string, r, p outage) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			runOutage(t, r, p)
+		})
+	}
+	for _, r := range redisOutages() {
+		run("Redis "+r.name, r, well)
+	}
+	for _, p := range postgresOutages() {
+		run("PostgreSQL "+p.name, well, p)
+		for _, r := range redisOutages() {
+			if r.name == p.name {
+				run("both "+p.name, r, p)
+			}
+		}
+	}
+}
+
+func runOutage(t *testing.T, r, p outage) {
+	const (
+		maxStaleness = time.Second
+		lasts        = 3 * time.Second
+		patience     = 2 * time.Second // a GET and a lookup each for key and plan take 1.3 s at most; and a busy machine
+	)
+	rg := newRig(t, &apikey.CacheOptions{MaxStaleness: maxStaleness})
+	keys := map[keyKind]string{}
+	for _, k := range keyKinds {
+		switch k {
+		case dead:
+			keys[k], _ = rg.enrol(t, deactivated, paid)
+		case unpaid:
+			keys[k], _ = rg.enrol(t, live, statusExpired)
+		default:
+			var org apikey.Org
+			keys[k], org = rg.enrol(t, live, paid)
+			if k == inRedis {
+				rg.other.wantCode(t, keys[k], admitted)
+				key, plan := rg.other.cache.RedisNames(apikey.HashKey(keys[k]), org.ID)
+				waitFor(t, func() bool { return rg.redisServer.Exists(t.Context(), key, plan).Val() == 2 })
+			}
+			if k == revoked {
+				rg.wantCode(t, keys[k], admitted)
+				var xid uint64
+				if err := rg.pool.QueryRow(t.Context(), `UPDATE api_keys SET active = false WHERE id = $1
+					RETURNING pg_current_xact_id()::text::bigint`, org.KeyID).Scan(&xid); err != nil {
+					t.Fatal(err)
+				}
+				before := parseSnapshot(t, fmt.Sprintf("%d:%d:", xid, xid))
+				waitFor(t, func() bool { return rg.cache.Log().Refuted(keyTopic(apikey.HashKey(keys[k])), before) })
+			}
+		}
+		if k == inMemory || k == dead || k == unpaid {
+			rg.wantCode(t, keys[k], k.whenWell())
+		}
+	}
+
+	r.begin(t, rg)
+	p.begin(t, rg)
+	last, slowest := map[keyKind]string{}, map[keyKind]time.Duration{}
+	for start := time.Now(); time.Since(start) < lasts; time.Sleep(5 * time.Millisecond) {
+		for _, k := range keyKinds {
+			if k == inRedis && time.Since(start) < maxStaleness {
+				continue // so that it stays in Redis only for a while
+			}
+			asked := time.Now()
+			last[k] = rg.ask(keys[k])
+			slowest[k] = max(slowest[k], time.Since(asked))
+			if last[k] != k.whenWell() && last[k] != unavailable {
+				t.Fatalf("%s: answered %q", k, last[k])
+			}
+		}
+	}
+	for _, k := range keyKinds {
+		if want := k.wanted(r.reads, p.reads, p.feedSurvive); last[k] != want {
+			t.Errorf("%s: answered %q in the end, want %q", k, last[k], want)
+		}
+		if slowest[k] > patience {
+			t.Errorf("%s: an answer took %v, want %v at most", k, slowest[k], patience)
+		}
+	}
+	stats := rg.cache.Stats()
+	r.end(t, rg)
+	p.end(t, rg)
+
+	mended := time.Now()
+	for k, key := range keys {
+		waitFor(t, func() bool { return rg.ask(key) == k.whenWell() })
+	}
+	waitFor(t, func() bool { return rg.cache.Stats().FeedLive })
+	line := fmt.Sprintf("well again after %4d ms; slowest answers in ms:", time.Since(mended).Milliseconds())
+	for _, k := range keyKinds {
+		line += fmt.Sprintf(" %s %d %q,", k, slowest[k].Milliseconds(), last[k])
+	}
+	t.Log(line)
+	t.Logf("%+v", stats)
+}

@@ -1,0 +1,213 @@
+package testservers
+
+// A network with faults. A library for this would bring some twenty modules into
+// the graph of this one; four faults do not need them.
+
+import (
+	"fmt"
+	"io"
+	"net"
+	neturl "net/url"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/redis/go-redis/v9"
+)
+
+// A Fault is what is wrong with a Proxy.
+type Fault string
+
+// The faults of a Proxy.
+const (
+	Healthy Fault = ""
+	Down    Fault = "down"             // nobody listens, and connections are closed
+	Frozen  Fault = "frozen"           // connections are taken and stay open, and nothing passes
+	Slow    Fault = "slow"             // every answer takes SlowBy
+	Reset   Fault = "connection reset" // connections are reset, as is each new one
+)
+
+// SlowBy is the delay of Slow: longer than any budget.
+const SlowBy = 2 * time.Second
+
+// A Proxy passes connections on to a server, until it gets a fault.
+type Proxy struct {
+	Addr string // where it listens
+
+	network, server string
+
+	mu       sync.Mutex
+	listener net.Listener // nil while down
+	fault    Fault
+	changed  chan struct{} // closed when the fault changes
+	conns    map[net.Conn]bool
+	running  sync.WaitGroup
+}
+
+// NewProxy returns a healthy proxy in front of the server at an address. It ends
+// with the test.
+func NewProxy(tb testing.TB, network, server string) *Proxy {
+	tb.Helper()
+	p := &Proxy{Addr: "127.0.0.1:0", network: network, server: server, changed: make(chan struct{}), conns: map[net.Conn]bool{}}
+	if err := p.listen(); err != nil {
+		tb.Fatal(err)
+	}
+	p.Addr = p.listener.Addr().String()
+	tb.Cleanup(func() {
+		p.Set(tb, Down)
+		p.running.Wait()
+	})
+	return p
+}
+
+// Set replaces the fault. What was frozen goes on after that.
+func (p *Proxy) Set(tb testing.TB, fault Fault) {
+	tb.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.fault = fault
+	close(p.changed)
+	p.changed = make(chan struct{})
+	if fault == Down || fault == Reset {
+		for conn := range p.conns {
+			hangUp(conn, fault)
+		}
+	}
+	switch {
+	case fault == Down && p.listener != nil:
+		_ = p.listener.Close()
+		p.listener = nil
+	case fault != Down && p.listener == nil:
+		if err := p.listen(); err != nil {
+			tb.Error(err)
+		}
+	}
+}
+
+func hangUp(conn net.Conn, fault Fault) {
+	if tcp, ok := conn.(*net.TCPConn); ok && fault == Reset {
+		_ = tcp.SetLinger(0)
+	}
+	_ = conn.Close()
+}
+
+// listen starts to take connections. The caller holds the lock, or is alone.
+func (p *Proxy) listen() error {
+	listener, err := net.Listen("tcp", p.Addr)
+	if err != nil {
+		return err
+	}
+	p.listener = listener
+	p.running.Go(func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			p.running.Go(func() { p.pass(client) })
+		}
+	})
+	return nil
+}
+
+// pass passes on one connection.
+func (p *Proxy) pass(client net.Conn) {
+	if !p.add(client) {
+		return
+	}
+	defer p.remove(client)
+	server, err := net.Dial(p.network, p.server)
+	if err != nil || !p.add(server) {
+		return
+	}
+	defer p.remove(server)
+	var up sync.WaitGroup
+	up.Go(func() { p.copy(server, client, false) })
+	p.copy(client, server, true)
+	_ = client.Close()
+	up.Wait()
+}
+
+// add notes an open connection, unless connections are not to be open now.
+func (p *Proxy) add(conn net.Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fault == Down || p.fault == Reset {
+		hangUp(conn, p.fault)
+		return false
+	}
+	p.conns[conn] = true
+	return true
+}
+
+func (p *Proxy) remove(conn net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.conns, conn)
+	_ = conn.Close()
+}
+
+// copy copies one direction until either end is closed.
+func (p *Proxy) copy(to io.WriteCloser, from io.Reader, answers bool) {
+	defer to.Close()
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		if err != nil {
+			return
+		}
+		p.hold(answers)
+		if _, err := to.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// hold waits as long as the fault says.
+func (p *Proxy) hold(answers bool) {
+	for {
+		p.mu.Lock()
+		fault, changed := p.fault, p.changed
+		p.mu.Unlock()
+		switch {
+		case fault == Frozen:
+			<-changed
+		case fault == Slow && answers:
+			select {
+			case <-changed:
+			case <-time.After(SlowBy):
+			}
+			return
+		default:
+			return
+		}
+	}
+}
+
+// ProxyPostgres puts a Proxy in front of the server at url, and returns the URL of
+// the same database behind it. Connecting gives up after a second.
+func ProxyPostgres(tb testing.TB, url string) (string, *Proxy) {
+	tb.Helper()
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	network, address := pgconn.NetworkAddress(config.Host, config.Port)
+	p := NewProxy(tb, network, address)
+	return fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable&connect_timeout=1",
+		neturl.UserPassword(config.User, config.Password), p.Addr, config.Database), p
+}
+
+// ProxyRedis puts a Proxy in front of the server at url, and returns its URL
+// behind it.
+func ProxyRedis(tb testing.TB, url string) (string, *Proxy) {
+	tb.Helper()
+	opts, err := redis.ParseURL(url)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p := NewProxy(tb, opts.Network, opts.Addr)
+	return (&neturl.URL{Scheme: "redis", User: neturl.UserPassword(opts.Username, opts.Password), Host: p.Addr}).String(), p
+}
