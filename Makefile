@@ -5,10 +5,13 @@ LINT    = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 FUZZ    = FuzzBearerKey:. FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
 FUZZTIME = 50000x
 
-.PHONY: test servers lint fuzz bench demo
+SOAK    = 2m
+FLOOD   = 1000000
+
+.PHONY: test servers lint fuzz soak flood bench demo
 
 test: servers
-	set -e; for module in $(MODULES); do (cd $$module && go vet ./... && go test -race -shuffle=on -count=1 ./...); done
+	set -e; for module in $(MODULES); do (cd $$module && go vet ./... && go test -race -shuffle=on -count=1 -parallel=8 ./...); done
 
 # Installs the PostgreSQL and Redis that tests run on, where they are missing.
 servers:
@@ -20,6 +23,14 @@ lint:
 
 fuzz:
 	set -e; for f in $(FUZZ); do go test -run='^$$' -fuzz="^$${f%%:*}$$" -fuzztime=$(FUZZTIME) -fuzzminimizetime=100x $${f#*:}; done
+
+# Random faults and random changes under load, for as long as SOAK says.
+soak: servers
+	go test -count=1 -run='^TestSoak$$' -soak.for=$(SOAK) -timeout=0 -v .
+
+# As many made-up keys as FLOOD says.
+flood: servers
+	go test -count=1 -run='^TestFlood$$' -flood.keys=$(FLOOD) -timeout=0 -v .
 
 bench: servers
 	go test -run='^$$' -bench=. -benchmem .

@@ -45,8 +45,10 @@ const (
 
 	// What fails this often in a row is not asked for a while, and then by one
 	// request at a time, so that an outage does not cost every request its budget.
-	breakAfter = 3
-	breakFor   = time.Second
+	// Of a Redis Cluster one shard may be down, and the others of use.
+	storeBreakAfter = 3
+	redisBreakAfter = 10
+	breakFor        = time.Second
 )
 
 // CacheOptions are the optional parts of a [Cache].
@@ -167,13 +169,13 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		maxRefusalStaleness: min(o.MaxStaleness, refusalStaleness),
 		refreshAfter:        o.RefreshAfter,
 		staleIfError:        o.StaleIfError,
-		redis:               newBreaker[[]byte](redis.Nil),
+		redis:               newBreaker[[]byte](redisBreakAfter, redis.Nil),
 		slots:               make(chan struct{}, storeSlots),
 		sets:                make(chan struct{}, pendingSets),
 	}
 	c.keys = &layer[KeyHash, Key]{
 		cache:  c,
-		store:  newBreaker[*record[Key]](nil),
+		store:  newBreaker[*record[Key]](storeBreakAfter, nil),
 		name:   func(h KeyHash) string { return redisKeyRoot + "key:" + hex.EncodeToString(h[:]) },
 		topic:  func(h KeyHash) string { return "key " + hex.EncodeToString(h[:8]) },
 		admits: Key.live,
@@ -183,7 +185,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	c.keys.makeTables(o.MemoryEntries, func(h KeyHash) uint64 { return binary.LittleEndian.Uint64(h[:]) })
 	c.plans = &layer[string, Plan]{
 		cache:  c,
-		store:  newBreaker[*record[Plan]](nil),
+		store:  newBreaker[*record[Plan]](storeBreakAfter, nil),
 		name:   func(orgID string) string { return redisKeyRoot + "plan:" + orgID },
 		topic:  func(orgID string) string { return "plan " + orgID },
 		admits: Plan.AllowsAPI,
@@ -196,10 +198,10 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 }
 
 // newBreaker returns a breaker that takes all errors but one for failures.
-func newBreaker[T any](answer error) *gobreaker.CircuitBreaker[T] {
+func newBreaker[T any](after uint32, answer error) *gobreaker.CircuitBreaker[T] {
 	return gobreaker.NewCircuitBreaker[T](gobreaker.Settings{
 		Timeout:      breakFor,
-		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= after },
 		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, answer) },
 	})
 }
@@ -536,7 +538,7 @@ func (l *layer[S, V]) read(ctx context.Context, subject S, load func(context.Con
 	switch {
 	case skipped(err):
 		l.cache.storeSkipped.Add(1)
-		return nil, fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breakFor, err)
+		return nil, fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", storeBreakAfter, breakFor, err)
 	case err != nil:
 		l.cache.storeErrors.Add(1)
 	}

@@ -6,9 +6,9 @@ package apikey_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -287,17 +287,13 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	return h
 }
 
+var propertyUses = flag.Int64("property.uses", 40_000, "uses of facts in TestProperty")
+
 // TestProperty: concurrent writers with delays, savepoints, rollbacks and long
 // transactions; readers on three replicas whose fills are held back in the store
 // and in Redis. Not one use of facts that an announcement has overtaken.
 func TestProperty(t *testing.T) {
-	uses := int64(40_000)
-	if os.Getenv("APIKEY_PROPERTY_USES") != "" {
-		if _, err := fmt.Sscan(os.Getenv("APIKEY_PROPERTY_USES"), &uses); err != nil {
-			t.Fatal(err)
-		}
-	}
-	h := runHistory(t, uses, func(pool *pgxpool.Pool) apikey.KeyStore { return heldStore{apikey.NewPostgresKeyStore(pool)} })
+	h := runHistory(t, *propertyUses, func(pool *pgxpool.Pool) apikey.KeyStore { return heldStore{apikey.NewPostgresKeyStore(pool)} })
 	t.Logf("%d uses, %d changes, %d violations", h.uses.Load(), h.changes.Load(), h.violations.Load())
 	if n := h.violations.Load(); n > 0 {
 		t.Errorf("%d violations, the first: %s", n, *h.first.Load())

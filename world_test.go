@@ -6,6 +6,7 @@ package apikey_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -198,7 +199,11 @@ type postgresWorld struct {
 
 func newPostgresWorld(t testing.TB) *postgresWorld {
 	t.Helper()
-	pool := testservers.Postgres(t)
+	return newPostgresWorldOn(t, testservers.Postgres(t))
+}
+
+func newPostgresWorldOn(t testing.TB, pool *pgxpool.Pool) *postgresWorld {
+	t.Helper()
 	mustExec(t, pool, `
 		CREATE TABLE organisations (id text PRIMARY KEY);
 		ALTER TABLE api_keys ADD FOREIGN KEY (org_id) REFERENCES organisations ON DELETE CASCADE;
@@ -218,7 +223,7 @@ func (w *postgresWorld) enrol(t testing.TB, k keyState, p planState) (string, ap
 	t.Helper()
 	apiKey := keyformat.New(keyformat.Live)
 	hash := apikey.HashKey(apiKey)
-	org := apikey.Org{ID: "org_" + apiKey[9:19]}
+	org := apikey.Org{ID: "org_" + rand.Text()}
 	mustExec(t, w.pool, `INSERT INTO organisations VALUES ($1)`, org.ID)
 	if plan, ok := planFacts()[p]; ok {
 		if p == downgraded { // the way there counts too

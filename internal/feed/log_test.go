@@ -7,8 +7,13 @@ import (
 	"testing"
 	"time"
 
+	"os"
+
 	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 // seen is a snapshot that has seen all transactions before x and none from x on.
 func seen(t testing.TB, x uint64) snapshot.Snapshot {

@@ -5,8 +5,13 @@ import (
 	"strings"
 	"testing"
 
+	"os"
+
 	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 var vectors = []string{
 	"tpk_live_" + strings.Repeat("0", 43) + "2nd1uX",

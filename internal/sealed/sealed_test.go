@@ -7,8 +7,13 @@ import (
 	"testing"
 	"time"
 
+	"os"
+
 	"github.com/trackpilots/apikey/internal/sealed"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 var secret = []byte("0123456789abcdef0123456789abcdef")
 

@@ -8,8 +8,13 @@ import (
 	"sync"
 	"testing"
 
+	"os"
+
 	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 func TestSees(t *testing.T) {
 	for _, c := range []struct {

@@ -5,8 +5,13 @@ import (
 	"sync"
 	"testing"
 
+	"os"
+
 	"github.com/trackpilots/apikey/internal/table"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 func identity(k uint64) uint64 { return k }
 

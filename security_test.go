@@ -1,0 +1,230 @@
+package apikey_test
+
+// What must not come out, and what nobody needs to be allowed.
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+// secretsFile is where the process that fails in every way writes the keys it
+// used: all else that it writes is searched for them.
+const secretsFile = "APIKEY_SECRETS_FILE"
+
+// TestNoSecrets fails in every way in a process of its own, which prints whatever
+// there is to print, and looks for eight characters of a key in it.
+func TestNoSecrets(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "keys")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestFailInEveryWay$", "-test.v")
+	cmd.Env = append(os.Environ(), secretsFile+"="+file)
+	out, err := cmd.CombinedOutput()
+	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 2 {
+		t.Fatalf("%v, want the exit status of a panic\n%s", err, out)
+	}
+	var keys []string
+	text, err := os.ReadFile(file)
+	if err == nil {
+		err = json.Unmarshal(text, &keys)
+	}
+	if err != nil || len(keys) < 10 {
+		t.Fatalf("%d keys, %v\n%s", len(keys), err, out)
+	}
+	for _, want := range []string{
+		"SERVICE_UNAVAILABLE", "PLAN_EXPIRED", "INVALID_API_KEY", "nil map", "does not exist", "level=WARN msg=refused", "http: panic serving",
+		"apikey:1:key:", "panic: the last one", "OrgID:org_", "RedisErrors:4",
+	} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("%q is not in the output, so not everything was tried", want)
+		}
+	}
+	if part := partOf(string(out)+keys[0][20:28], keys); part != keys[0][20:28] {
+		t.Error("the search does not find a part that is there")
+	}
+	if part := partOf(string(out), keys); part != "" {
+		t.Errorf("%q is part of a key, and in the output:\n%s", part, out)
+	}
+}
+
+// partOf returns eight characters of the body of one of the keys that are in text.
+func partOf(text string, keys []string) string {
+	for _, key := range keys {
+		body := key[strings.LastIndex(key, "_")+1:]
+		for i := range len(body) - 7 {
+			if strings.Contains(text, body[i:i+8]) {
+				return body[i : i+8]
+			}
+		}
+	}
+	return ""
+}
+
+// TestFailInEveryWay is the other process of TestNoSecrets.
+func TestFailInEveryWay(t *testing.T) {
+	file := os.Getenv(secretsFile)
+	if file == "" {
+		return // and not the process itself
+	}
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stdout, nil)))
+	var keys []string
+	w := newPostgresWorld(t)
+	server := testservers.StartRedis(t)
+	rdb := testservers.RedisAt(t, server.URL)
+	show := func(values ...any) {
+		for _, v := range values {
+			fmt.Printf("%v\n%+v\n%#v\n", v, v, v)
+			log.Print(v)
+			slog.Info("shown", "value", v)
+		}
+	}
+	observe := &apikey.Options{Observe: func(_ context.Context, d apikey.Decision) {
+		show(d)
+		slog.Warn("refused", "decision", d, "err", d.Err)
+	}}
+	ask := func(m *apikey.Middleware, authorization string) {
+		r := httptest.NewRequest("GET", "/", nil)
+		r.Header.Set("Authorization", authorization)
+		org, err := m.Authenticate(r)
+		rec := httptest.NewRecorder()
+		m.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			org, _ := apikey.OrgFromContext(r.Context())
+			show(org)
+		})).ServeHTTP(rec, r)
+		show(org, err, rec.Code, rec.Header(), rec.Body.String())
+		for ; err != nil; err = errors.Unwrap(err) {
+			show(err)
+		}
+	}
+	newKey := func(k keyState, p planState) string {
+		key, _ := w.enrol(t, k, p)
+		keys = append(keys, key)
+		return key
+	}
+	newCache := func(rdb redis.UniversalClient, secret []byte) *apikey.Cache { return apikey.NewCache(rdb, secret, nil) }
+
+	secret := newSecret()
+	cache := newCache(rdb, secret)
+	auth := apikey.New(cache.Keys(w), cache.Plans(w), observe)
+	good := newKey(live, paid)
+	for _, authorization := range []string{
+		"Bearer " + good, "Bearer " + newKey(deactivated, paid), "Bearer " + newKey(unknown, paid), "Bearer " + newKey(expired, paid),
+		"Bearer " + newKey(live, pastDue), "Bearer " + newKey(live, noSubscription),
+		"Token " + good, good, "Bearer" + good, "Bearer " + good + " " + good, "Bearer " + good + "x", `Bearer "` + good + `"`,
+		"Bearer " + good + strings.Repeat("x", 512), "Bearer \xff" + good, "Bearer " + strings.ToUpper(good), "Basic " + good,
+	} {
+		ask(auth, authorization)
+	}
+	waitFor(t, func() bool { return rdb.DBSize(t.Context()).Val() > 2 })
+	for _, name := range rdb.Keys(t.Context(), "*").Val() {
+		show(name, rdb.Get(t.Context(), name).Val())
+		mustNot(t, rdb.Set(t.Context(), name, "forged", 0).Err())
+	}
+	forged := newCache(rdb, secret)
+	ask(apikey.New(forged.Keys(w), forged.Plans(w), observe), "Bearer "+good)
+
+	server.Crash(t)
+	noRedis := newCache(rdb, secret)
+	ask(apikey.New(noRedis.Keys(w), noRedis.Plans(w), observe), "Bearer "+newKey(live, paid))
+	fails := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { return apikey.Key{}, errStore })
+	panics := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { panic("nil map") })
+	for _, store := range []apikey.KeyStore{fails, panics, w} {
+		broken := newCache(rdb, secret)
+		if store == apikey.KeyStore(w) {
+			mustExec(t, w.pool, `ALTER TABLE api_keys RENAME TO gone`)
+		}
+		for range 4 { // the last finds the breaker open
+			ask(apikey.New(broken.Keys(store), broken.Plans(w), observe), "Bearer "+newLostKey(&keys))
+		}
+		show(broken, broken.Stats())
+	}
+	ask(apikey.New(fails, w, observe), "Bearer "+newLostKey(&keys))
+	show(auth, cache, cache.Stats(), noRedis.Stats(), w.PostgresKeyStore, apikey.Key{}, apikey.Plan{})
+
+	// A store that panics and has no cache before it: the server logs that.
+	web := httptest.NewServer(apikey.New(panics, w, nil).Handler(http.NotFoundHandler()))
+	r, err := http.NewRequest("GET", web.URL, nil)
+	mustNot(t, err)
+	r.Header.Set("Authorization", "Bearer "+newLostKey(&keys))
+	if resp, err := http.DefaultClient.Do(r); err == nil {
+		resp.Body.Close()
+		t.Error("the server answers although the store panics")
+	}
+	web.Close()
+
+	text, err := json.Marshal(keys)
+	mustNot(t, err)
+	mustNot(t, os.WriteFile(file, text, 0o600))
+	apiKey := newLostKey(&keys)
+	h := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { panic("the last one") }), w, nil)
+	ask(h, "Bearer "+apiKey) // ends the process, with a stack trace
+}
+
+// newLostKey returns a well-formed key that no store has.
+func newLostKey(keys *[]string) string {
+	key := keyformat.New(keyformat.Live)
+	*keys = append(*keys, key)
+	return key
+}
+
+func mustNot(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestReaderRole: the role of the README is enough for the middleware, and for
+// nothing else.
+func TestReaderRole(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	mustNot(t, err)
+	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE apikey_reader.*?)```").FindSubmatch(readme)
+	if block == nil {
+		t.Fatal("the README has no SQL that creates apikey_reader")
+	}
+	w := newPostgresWorld(t)
+	role := "apikey_reader_" + strings.ToLower(w.pool.Config().ConnConfig.Database[12:])
+	mustExec(t, w.pool, strings.ReplaceAll(string(block[1]), "apikey_reader", role))
+	t.Cleanup(func() { mustExec(t, w.pool, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	mustExec(t, w.pool, "ALTER ROLE "+role+" PASSWORD 'reader'")
+	apiKey, org := w.enrol(t, live, paid)
+
+	as, err := url.Parse(w.pool.Config().ConnString())
+	mustNot(t, err)
+	as.User = url.UserPassword(role, "reader")
+	pool := testservers.Pool(t, as.String())
+	r := watchedReplica(t, pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	r.wantCode(t, apiKey, admitted)
+	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	waitFor(t, func() bool { return r.ask(apiKey) == invalid })
+
+	for _, sql := range []string{
+		`UPDATE api_keys SET active = true`, `DELETE FROM api_keys`, `TRUNCATE api_keys`, `UPDATE org_plans SET status = 'active'`,
+		`INSERT INTO plan_catalogue VALUES ('x', true)`, `UPDATE plan_catalogue SET api_access = true`, `SELECT name FROM api_keys`,
+		`SELECT last_used_at FROM api_keys`, `SELECT * FROM organisations`, `SELECT * FROM apikey_migrations`,
+		`CREATE FUNCTION apikey_announce_key() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`,
+	} {
+		if _, err := pool.Exec(t.Context(), sql); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("%s: %v, want permission denied", sql, err)
+		}
+	}
+}

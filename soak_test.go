@@ -1,0 +1,336 @@
+package apikey_test
+
+// The fault soak: replicas under load, random faults and random changes together,
+// and an oracle that knows when each change was committed. 'make soak' runs it for
+// as long as it is told to.
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+var soakFor = flag.Duration("soak.for", 10*time.Second, "how long TestSoak lasts")
+
+const (
+	soakStaleness = 2 * time.Second // MaxStaleness
+	soakSlack     = time.Second     // for a busy machine
+	soakRecovery  = 5 * time.Second // after a fault, until nothing may be left of it
+)
+
+// A timeline is the history of one thing that is good or bad.
+type timeline struct {
+	mu      sync.Mutex
+	changes []soakChange
+}
+
+// A soakChange was committed at some time from begin to end.
+type soakChange struct {
+	good       bool
+	begin, end time.Time
+}
+
+// last returns the last time up to a given one at which the thing may have been
+// good, or bad; zero: it never was.
+func (tl *timeline) last(good bool, until time.Time) (last time.Time) {
+	tl.mu.Lock()
+	defer tl.mu.Unlock()
+	for i, c := range tl.changes {
+		if c.good != good || c.begin.After(until) {
+			continue
+		}
+		last = until
+		if i+1 < len(tl.changes) && tl.changes[i+1].end.Before(until) {
+			last = tl.changes[i+1].end
+		}
+	}
+	return last
+}
+
+// A soakSubject is an organisation, its key, and what became of both.
+type soakSubject struct {
+	apiKey    string
+	hash      apikey.KeyHash
+	orgID     string
+	changing  sync.Mutex
+	key, plan timeline
+}
+
+// A soakReplica is a replica behind faults of its own.
+type soakReplica struct {
+	replica
+	postgres, redis *testservers.Proxy
+
+	mu     sync.Mutex
+	faults []*soakFault
+}
+
+type soakFault struct {
+	postgres   bool // it keeps the replica from PostgreSQL
+	begin, end time.Time
+}
+
+// disturbed returns when the earliest fault of PostgreSQL, or of anything, began
+// of those that were at work since a given time; zero: there was none.
+func (r *soakReplica) disturbed(postgres bool, since time.Time) (begin time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, f := range r.faults {
+		if (f.postgres || !postgres) && (f.end.IsZero() || f.end.After(since)) && (begin.IsZero() || f.begin.Before(begin)) {
+			begin = f.begin
+		}
+	}
+	return begin
+}
+
+// A soak is all of it, and what came out.
+type soak struct {
+	*postgresWorld
+	redis    *testservers.Server
+	redisCli *redis.Client
+	replicas []*soakReplica
+	subjects []*soakSubject
+
+	requests, unanswered, changes, faults, wrong atomic.Int64
+
+	mu          sync.Mutex
+	worst       time.Duration // staleness with PostgreSQL in reach
+	worstOutage time.Duration // and without
+	complaints  []string
+}
+
+// judge judges one answer.
+func (s *soak) judge(r *soakReplica, subject *soakSubject, answer string, asked, answered time.Time) {
+	s.requests.Add(1)
+	var age time.Duration // of the facts that the answer needs
+	need := func(tl *timeline, good bool) {
+		last := tl.last(good, answered)
+		age = max(age, asked.Sub(last)) // of what never was, centuries
+	}
+	switch answer {
+	case admitted:
+		need(&subject.key, true)
+		need(&subject.plan, true)
+	case invalid:
+		need(&subject.key, false)
+	case planExpired:
+		need(&subject.key, true)
+		need(&subject.plan, false)
+	case unavailable:
+		s.unanswered.Add(1)
+		if r.disturbed(false, asked.Add(-soakRecovery)).IsZero() {
+			s.complain("503 although nothing is broken")
+		}
+		return
+	default:
+		s.complain(fmt.Sprintf("answered %q", answer))
+		return
+	}
+	bound := soakStaleness + soakSlack
+	outage := r.disturbed(true, asked.Add(-bound))
+	if answer == admitted && !outage.IsZero() {
+		bound += asked.Sub(outage) // what was known when it began
+	}
+	if age > bound {
+		s.complain(fmt.Sprintf("answered %q %v after it was last right, bound %v", answer, age, bound))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if outage.IsZero() {
+		s.worst = max(s.worst, age)
+	} else {
+		s.worstOutage = max(s.worstOutage, age)
+	}
+}
+
+func (s *soak) complain(what string) {
+	s.wrong.Add(1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.complaints) < 10 {
+		s.complaints = append(s.complaints, what)
+	}
+}
+
+// change changes a subject, by plain SQL.
+func (s *soak) change(ctx context.Context, subject *soakSubject) error {
+	subject.changing.Lock()
+	defer subject.changing.Unlock()
+	tl, sql, args := &subject.key, "", []any{subject.orgID}
+	if rand.IntN(2) == 0 {
+		tl = &subject.plan
+	}
+	good := !tl.changes[len(tl.changes)-1].good
+	switch {
+	case tl == &subject.plan && good:
+		sql = `UPDATE org_plans SET status = 'active', ends_at = now() + '1 month' WHERE org_id = $1`
+	case tl == &subject.plan:
+		sql = `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`
+	case good:
+		sql = `INSERT INTO api_keys (org_id, key_hash) VALUES ($1, $2) ON CONFLICT (key_hash) DO UPDATE SET active = true`
+		args = append(args, subject.hash[:])
+	case rand.IntN(2) == 0:
+		sql = `DELETE FROM api_keys WHERE org_id = $1`
+	default:
+		sql = `UPDATE api_keys SET active = false WHERE org_id = $1`
+	}
+	c := soakChange{good: good, begin: time.Now()}
+	if _, err := s.pool.Exec(ctx, sql, args...); err != nil {
+		return err
+	}
+	c.end = time.Now()
+	tl.mu.Lock()
+	defer tl.mu.Unlock()
+	tl.changes = append(tl.changes, c)
+	s.changes.Add(1)
+	return nil
+}
+
+// breakSomething breaks something for a while, and mends it.
+func (s *soak) breakSomething(t *testing.T) {
+	s.faults.Add(1)
+	hit := s.replicas
+	if i := rand.IntN(2 * len(s.replicas)); i < len(s.replicas) {
+		hit = s.replicas[i : i+1]
+	}
+	kinds := []testservers.Fault{testservers.Down, testservers.Frozen, testservers.Slow, testservers.Reset}
+	fault := kinds[rand.IntN(len(kinds))]
+	what := rand.IntN(8)
+	touchesPostgres := what < 4
+	for _, r := range hit {
+		r.mu.Lock()
+		r.faults = append(r.faults, &soakFault{postgres: touchesPostgres, begin: time.Now()})
+		r.mu.Unlock()
+	}
+	lasts := func() { time.Sleep(200*time.Millisecond + rand.N(3*time.Second)) }
+	set := func(postgres, redis testservers.Fault) {
+		for _, r := range hit {
+			r.postgres.Set(t, postgres)
+			r.redis.Set(t, redis)
+		}
+	}
+	switch what {
+	case 0, 1:
+		set(fault, testservers.Healthy)
+		lasts()
+	case 2:
+		set(fault, fault)
+		lasts()
+	case 3: // all sessions but this one
+		mustExec(t, s.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+			WHERE datname = current_database() AND client_addr IS NOT NULL OR query LIKE 'LISTEN%'`)
+	case 4, 5:
+		set(testservers.Healthy, fault)
+		lasts()
+	case 6:
+		_ = s.redisCli.FlushAll(t.Context()).Err()
+	case 7:
+		hit = s.replicas
+		s.redis.Crash(t)
+		lasts()
+		s.redis.Start(t)
+	}
+	set(testservers.Healthy, testservers.Healthy)
+	for _, r := range hit {
+		r.mu.Lock()
+		for _, f := range r.faults {
+			if f.end.IsZero() {
+				f.end = time.Now()
+			}
+		}
+		r.mu.Unlock()
+	}
+}
+
+func TestSoak(t *testing.T) {
+	const replicas, subjects, workers = 4, 30, 3
+	s := &soak{postgresWorld: newPostgresWorld(t), redis: testservers.StartRedis(t)}
+	s.redisCli = testservers.RedisAt(t, s.redis.URL)
+	secret := newSecret()
+	for range replicas {
+		r := new(soakReplica)
+		var pgURL, redisURL string
+		pgURL, r.postgres = testservers.ProxyPostgres(t, s.pool.Config().ConnString())
+		redisURL, r.redis = testservers.ProxyRedis(t, s.redis.URL)
+		r.replica = watchedReplica(t, testservers.Pool(t, pgURL), testservers.RedisAt(t, redisURL), secret,
+			&apikey.CacheOptions{MaxStaleness: soakStaleness})
+		s.replicas = append(s.replicas, r)
+	}
+	for range subjects {
+		before := time.Now()
+		apiKey, org := s.enrol(t, live, paid)
+		born := []soakChange{{false, time.Time{}, time.Time{}}, {true, before, time.Now()}}
+		s.subjects = append(s.subjects, &soakSubject{
+			apiKey: apiKey, hash: apikey.HashKey(apiKey), orgID: org.ID,
+			key: timeline{changes: born}, plan: timeline{changes: append([]soakChange(nil), born...)},
+		})
+	}
+
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	for _, r := range s.replicas {
+		for range workers {
+			running.Go(func() {
+				for ctx.Err() == nil {
+					subject := s.subjects[rand.IntN(subjects)]
+					asked := time.Now()
+					answer := r.ask(subject.apiKey)
+					s.judge(r, subject, answer, asked, time.Now())
+					time.Sleep(time.Millisecond)
+				}
+			})
+		}
+	}
+	running.Go(func() {
+		for ctx.Err() == nil {
+			if err := s.change(context.WithoutCancel(ctx), s.subjects[rand.IntN(subjects)]); err != nil {
+				t.Error(err)
+				return
+			}
+			time.Sleep(rand.N(30 * time.Millisecond))
+		}
+	})
+	for start := time.Now(); time.Since(start) < *soakFor; time.Sleep(rand.N(2 * time.Second)) {
+		s.breakSomething(t)
+	}
+	stop()
+	running.Wait()
+
+	var stale uint64
+	for _, r := range s.replicas {
+		stale += r.cache.Stats().StaleUses
+	}
+	t.Logf("%v: %d requests to %d replicas, %d changes, %d faults; %d answered 503 in a fault, %d stale uses; "+
+		"worst staleness %v with PostgreSQL in reach, %v without; %d wrong answers",
+		*soakFor, s.requests.Load(), replicas, s.changes.Load(), s.faults.Load(), s.unanswered.Load(), stale,
+		s.worst.Round(time.Millisecond), s.worstOutage.Round(time.Millisecond), s.wrong.Load())
+	for _, complaint := range s.complaints {
+		t.Error(complaint)
+	}
+
+	for i, r := range s.replicas { // all is well again
+		waitFor(t, func() bool { return r.cache.Stats().FeedLive })
+		for _, subject := range s.subjects {
+			want := admitted
+			if !subject.key.changes[len(subject.key.changes)-1].good {
+				want = invalid
+			} else if !subject.plan.changes[len(subject.plan.changes)-1].good {
+				want = planExpired
+			}
+			waitFor(t, func() bool { return r.ask(subject.apiKey) == want })
+		}
+		if n := r.cache.Stats().Unannounced; n != 0 {
+			t.Errorf("replica %d found %d unannounced changes", i, n)
+		}
+	}
+}
