@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/lastused"
 	"github.com/trackpilots/apikey/internal/sealed"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/table"
@@ -344,6 +345,7 @@ type record[V any] struct {
 	snapshot snapshot.Snapshot          // of the reading statement; zero if the store has none
 	readAt   time.Time                  // before the statement was sent
 	cleared  atomic.Pointer[feed.State] // the last state of the log in which it was not refuted
+	used     lastused.Mark
 }
 
 // newRecord is the record of a store's answer, without a stamp. The error is that

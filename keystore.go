@@ -1,18 +1,27 @@
 package apikey
 
-// Whose key it is: KeyHash, Key, KeyStore, and the Postgres key store. A key's
-// plaintext ends at HashKey; nothing here stores, logs or returns it.
+// Whose key it is: KeyHash, Key, KeyStore, and the Postgres key store, which also
+// issues keys and ends them. A key's plaintext ends at HashKey, and begins in a
+// Secret; nothing here stores or logs it.
 
 import (
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"reflect"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 
+	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/lastused"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
@@ -59,15 +68,21 @@ type KeyStoreFunc func(ctx context.Context, h KeyHash) (Key, error)
 // Key calls f.
 func (f KeyStoreFunc) Key(ctx context.Context, h KeyHash) (Key, error) { return f(ctx, h) }
 
-// A DB is where the Postgres stores read: a *pgxpool.Pool, a *pgx.Conn or a
-// pgx.Tx. Only a pool is safe for concurrent use. It must lead to the primary:
-// a standby lags, and its snapshots leave out running transactions.
+// A DB is where the Postgres stores read and write: a *pgxpool.Pool, a *pgx.Conn
+// or a pgx.Tx. Only a pool is safe for concurrent use. For lookups it must lead to
+// the primary: a standby lags, and its snapshots leave out running transactions.
 type DB interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
-// A PostgresKeyStore is a KeyStore on the table api_keys of the migrations. It
-// is safe for concurrent use if its DB is.
+// A PostgresKeyStore is a KeyStore on the table api_keys of the migrations, and
+// looks after the keys in it. It is safe for concurrent use if its DB is.
+//
+// On a pgx.Tx, all it does is part of that transaction. None of the refusals
+// [ErrNotFound], [ErrKeyExists], [ErrKeyLimit], [ErrKeyDead] and [*InputError] ends
+// the transaction. Every change names the organisation, and finds only its keys.
 type PostgresKeyStore struct{ db DB }
 
 // NewPostgresKeyStore returns the key store on db. It panics if db is nil.
@@ -101,6 +116,403 @@ func (s *PostgresKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
 		return Key{}, ErrNotFound
 	}
 	return Key{ID: *id, OrgID: *orgID, Active: *active, ExpiresAt: timeOrZero(expiresAt)}, nil
+}
+
+// MaxKeysPerOrg is how many keys an organisation may have, dead ones included.
+// Creations at the same time may exceed it by a few.
+const MaxKeysPerOrg = 1000
+
+// What can be wrong with a request to a store, beside [ErrNotFound] and
+// [*InputError].
+var (
+	ErrKeyExists = errors.New("apikey: this key is on record already")
+	ErrKeyLimit  = fmt.Errorf("apikey: the organisation has %d keys already: delete some", MaxKeysPerOrg)
+	ErrKeyDead   = errors.New("apikey: the key is deactivated or expired: create a new one")
+)
+
+// An InputError is a value that cannot be stored, and what to use instead.
+type InputError struct{ Field, Problem string }
+
+// Error returns the field and the problem.
+func (e *InputError) Error() string { return "apikey: " + e.Field + ": " + e.Problem }
+
+// A Secret is the plaintext of a new key. It prints as [redacted], however deep in
+// another value it is and whatever the verb; only Reveal returns it.
+type Secret struct{ reveal func() string } // in a function, where reflection finds nothing
+
+// Reveal returns the key: to be shown to the customer, once.
+func (s Secret) Reveal() string {
+	if s.reveal == nil {
+		return ""
+	}
+	return s.reveal()
+}
+
+// Format implements [fmt.Formatter].
+func (Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[redacted]") }
+
+// MarshalText implements [encoding.TextMarshaler], for JSON and logs.
+func (Secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
+
+// A NewKey is what the maker of a key may choose.
+type NewKey struct {
+	Name      string    // for people: up to 255 characters, none of them a control character
+	Test      bool      // the key says test, not live; authentication treats both alike
+	ExpiresAt time.Time // the first instant at which it is dead; zero: never
+}
+
+// A KeyInfo is what is known of a key, for people to look after it.
+type KeyInfo struct {
+	ID         string
+	OrgID      string
+	Name       string
+	Hint       string // the first characters of its random part; "" if it was issued elsewhere
+	Active     bool   // false: deactivated
+	CreatedAt  time.Time
+	ExpiresAt  time.Time // zero: never
+	LastUsedAt time.Time // zero: never, or not recorded: see [LastUsed]
+}
+
+// State returns "active", "deactivated" or "expired".
+func (k KeyInfo) State(now time.Time) string {
+	switch {
+	case !k.Active:
+		return "deactivated"
+	case !k.key().live(now):
+		return "expired"
+	}
+	return "active"
+}
+
+func (k KeyInfo) key() Key {
+	return Key{ID: k.ID, OrgID: k.OrgID, Active: k.Active, ExpiresAt: k.ExpiresAt}
+}
+
+const infoColumns = `id::text, org_id, name, hint, active, created_at, expires_at, last_used_at`
+
+// scanInfo reads infoColumns, which may all be NULL.
+func scanInfo(row pgx.Row, before ...any) (KeyInfo, error) {
+	var (
+		id, orgID, name, hint            *string
+		active                           *bool
+		createdAt, expiresAt, lastUsedAt *time.Time
+	)
+	err := row.Scan(append(before, &id, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &lastUsedAt)...)
+	if err != nil || id == nil {
+		return KeyInfo{}, err
+	}
+	return KeyInfo{
+		ID: *id, OrgID: *orgID, Name: *name, Hint: *hint, Active: *active,
+		CreatedAt: timeOrZero(createdAt), ExpiresAt: timeOrZero(expiresAt), LastUsedAt: timeOrZero(lastUsedAt),
+	}, nil
+}
+
+// Create makes a key for an organisation. The Secret is in no store: whoever does
+// not reveal it now never will. Errors: [*InputError], [ErrKeyLimit].
+func (s *PostgresKeyStore) Create(ctx context.Context, orgID string, k NewKey) (KeyInfo, Secret, error) {
+	secret, h, hint := newSecret(k)
+	info, err := s.insert(ctx, orgID, k, h, hint)
+	if err != nil {
+		return KeyInfo{}, Secret{}, err
+	}
+	return info, secret, nil
+}
+
+func newSecret(k NewKey) (Secret, KeyHash, string) {
+	env := keyformat.Live
+	if k.Test {
+		env = keyformat.Test
+	}
+	key := keyformat.New(env)
+	return Secret{func() string { return key }}, HashKey(key), keyformat.Hint(key)
+}
+
+// Import takes in a key that was issued elsewhere, by its plaintext, which is not
+// kept: a token68 (RFC 9110, section 11.2) of 16 to 512 bytes. Errors:
+// [*InputError], [ErrKeyExists], whosever it is, and [ErrKeyLimit].
+func (s *PostgresKeyStore) Import(ctx context.Context, orgID, key string, k NewKey) (KeyInfo, error) {
+	switch {
+	case len(key) < minKeyLen || len(key) > maxKeyLen || !isToken68(key):
+		return KeyInfo{}, &InputError{"key", fmt.Sprintf("use %d to %d of the characters A-Z a-z 0-9 - . _ ~ + /, and = at the end only", minKeyLen, maxKeyLen)}
+	case !keyformat.Plausible(key):
+		return KeyInfo{}, &InputError{"key", "it begins like a key of ours, but its checksum is wrong: look for a typing error"}
+	}
+	return s.insert(ctx, orgID, k, HashKey(key), keyformat.Hint(key))
+}
+
+// minKeyLen is the length in bytes that keys issued elsewhere must have.
+const minKeyLen = 16
+
+// ImportHash is [PostgresKeyStore.Import] by the SHA-256 of the key.
+func (s *PostgresKeyStore) ImportHash(ctx context.Context, orgID string, h KeyHash, k NewKey) (KeyInfo, error) {
+	return s.insert(ctx, orgID, k, h, "")
+}
+
+func (s *PostgresKeyStore) insert(ctx context.Context, orgID string, k NewKey, h KeyHash, hint string) (KeyInfo, error) {
+	if err := errors.Join(checkOrgID(orgID), k.check()); err != nil {
+		return KeyInfo{}, err
+	}
+	var count int
+	info, err := scanInfo(s.db.QueryRow(ctx, `
+		WITH had AS (SELECT count(*) AS n FROM api_keys WHERE org_id = $1),
+		made AS (
+			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at)
+			SELECT $1, $2, $3, $4, $5 FROM had WHERE n < $6
+			ON CONFLICT (key_hash) DO NOTHING RETURNING *
+		)
+		SELECT had.n, `+infoColumns+` FROM had LEFT JOIN made ON true`,
+		orgID, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg), &count)
+	switch {
+	case err != nil:
+		return KeyInfo{}, fmt.Errorf("apikey: creating a key: %w", err)
+	case info.ID != "":
+		return info, nil
+	case count >= MaxKeysPerOrg:
+		return KeyInfo{}, ErrKeyLimit
+	}
+	return KeyInfo{}, ErrKeyExists
+}
+
+// A Page is a part of a list.
+type Page struct {
+	After string // what List returned with the page before; "": the first page
+	Limit int    // Defaults to 100, at most 1000
+}
+
+// List returns the keys of an organisation, oldest first, and what the After of the
+// next page is; "" if there is none. Errors: [*InputError].
+func (s *PostgresKeyStore) List(ctx context.Context, orgID string, page Page) (keys []KeyInfo, next string, err error) {
+	if page.Limit == 0 {
+		page.Limit = 100
+	}
+	if page.Limit < 1 || page.Limit > 1000 {
+		return nil, "", &InputError{"page limit", fmt.Sprintf("is %d: use 1 to 1000", page.Limit)}
+	}
+	createdAt := pgtype.Timestamptz{InfinityModifier: pgtype.NegativeInfinity, Valid: true}
+	id := "00000000-0000-0000-0000-000000000000"
+	if page.After != "" {
+		var micros int64
+		if _, err := fmt.Sscanf(page.After, "%d.%36s", &micros, &id); err != nil || !isUUID(id) {
+			return nil, "", &InputError{"page", "use what came with the page before, unchanged"}
+		}
+		createdAt = pgtype.Timestamptz{Time: time.UnixMicro(micros), Valid: true}
+	}
+	rows, err := s.db.Query(ctx, `SELECT `+infoColumns+` FROM api_keys
+		WHERE org_id = $1 AND (created_at, id) > ($2, $3) ORDER BY created_at, id LIMIT $4`, orgID, createdAt, id, page.Limit+1)
+	if err == nil {
+		keys, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (KeyInfo, error) { return scanInfo(row) })
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("apikey: listing keys: %w", err)
+	}
+	if len(keys) > page.Limit {
+		keys = keys[:page.Limit]
+		last := keys[len(keys)-1]
+		next = fmt.Sprintf("%d.%s", last.CreatedAt.UnixMicro(), last.ID)
+	}
+	return keys, next, nil
+}
+
+// Deactivate makes a key dead until it is activated again. It is no error if it
+// was so already. Errors: [ErrNotFound].
+func (s *PostgresKeyStore) Deactivate(ctx context.Context, orgID, keyID string) error {
+	return s.change(ctx, "deactivating", `UPDATE api_keys SET active = false WHERE org_id = $1 AND id = $2`, orgID, keyID)
+}
+
+// Activate takes back Deactivate, but not an expiry. Errors: [ErrNotFound].
+func (s *PostgresKeyStore) Activate(ctx context.Context, orgID, keyID string) error {
+	return s.change(ctx, "activating", `UPDATE api_keys SET active = true WHERE org_id = $1 AND id = $2`, orgID, keyID)
+}
+
+// Delete forgets a key. Errors: [ErrNotFound].
+func (s *PostgresKeyStore) Delete(ctx context.Context, orgID, keyID string) error {
+	return s.change(ctx, "deleting", `DELETE FROM api_keys WHERE org_id = $1 AND id = $2`, orgID, keyID)
+}
+
+// Expire sets the first instant at which a key is dead, which may have passed;
+// zero: never. Errors: [ErrNotFound].
+func (s *PostgresKeyStore) Expire(ctx context.Context, orgID, keyID string, at time.Time) error {
+	return s.change(ctx, "expiring", `UPDATE api_keys SET expires_at = $3 WHERE org_id = $1 AND id = $2`, orgID, keyID, nullTime(at))
+}
+
+func (s *PostgresKeyStore) change(ctx context.Context, what, sql, orgID, keyID string, args ...any) error {
+	if !isUUID(keyID) {
+		return ErrNotFound
+	}
+	tag, err := s.db.Exec(ctx, sql, append([]any{orgID, keyID}, args...)...)
+	switch {
+	case err != nil:
+		return fmt.Errorf("apikey: %s a key: %w", what, err)
+	case tag.RowsAffected() == 0:
+		return ErrNotFound
+	}
+	return nil
+}
+
+// Rotate makes a new key in the place of a live one, which lives on until a given
+// instant, unless it expires before; one that has passed ends it at once. The new
+// key has the old one's name if k has none. Errors: [ErrNotFound], [ErrKeyDead],
+// [ErrKeyLimit], [*InputError].
+func (s *PostgresKeyStore) Rotate(ctx context.Context, orgID, keyID string, until time.Time, k NewKey) (KeyInfo, Secret, error) {
+	if err := k.check(); err != nil {
+		return KeyInfo{}, Secret{}, err
+	}
+	if until.IsZero() {
+		return KeyInfo{}, Secret{}, &InputError{"until", "say when the old key ends; time.Now() ends it at once"}
+	}
+	if !isUUID(keyID) {
+		return KeyInfo{}, Secret{}, ErrNotFound
+	}
+	secret, h, hint := newSecret(k)
+	var known, alive bool
+	info, err := scanInfo(s.db.QueryRow(ctx, `
+		WITH had AS (
+			SELECT id, name, active AND coalesce(expires_at > now(), true) AS alive,
+				(SELECT count(*) FROM api_keys WHERE org_id = $1) < $8 AS room
+			FROM api_keys WHERE org_id = $1 AND id = $2 FOR UPDATE
+		),
+		old AS (
+			UPDATE api_keys k SET expires_at = least(k.expires_at, $3) FROM had
+			WHERE k.id = had.id AND alive AND room RETURNING k.name
+		),
+		made AS (
+			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at)
+			SELECT $1, coalesce(nullif($4, ''), name), $5, $6, $7 FROM old RETURNING *
+		)
+		SELECT had.id IS NOT NULL, coalesce(alive, false), made.`+strings.ReplaceAll(infoColumns, ", ", ", made.")+`
+		FROM (VALUES (1)) AS one LEFT JOIN had ON true LEFT JOIN made ON true`,
+		orgID, keyID, until, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg), &known, &alive)
+	switch {
+	case err != nil:
+		err = fmt.Errorf("apikey: rotating a key: %w", err)
+	case info.ID != "":
+		return info, secret, nil
+	case !known:
+		err = ErrNotFound
+	case !alive:
+		err = ErrKeyDead
+	default:
+		err = ErrKeyLimit
+	}
+	return KeyInfo{}, Secret{}, err
+}
+
+// Find returns a key by its id, whosever it is, and its hash: for support, not for
+// customers. Errors: [ErrNotFound].
+func (s *PostgresKeyStore) Find(ctx context.Context, keyID string) (KeyInfo, KeyHash, error) {
+	if !isUUID(keyID) {
+		return KeyInfo{}, KeyHash{}, ErrNotFound
+	}
+	return s.find(ctx, `id`, keyID)
+}
+
+// FindHash is [PostgresKeyStore.Find] by the hash of the key.
+func (s *PostgresKeyStore) FindHash(ctx context.Context, h KeyHash) (KeyInfo, KeyHash, error) {
+	return s.find(ctx, `key_hash`, h[:])
+}
+
+func (s *PostgresKeyStore) find(ctx context.Context, column string, value any) (KeyInfo, KeyHash, error) {
+	var h []byte
+	info, err := scanInfo(s.db.QueryRow(ctx, `SELECT key_hash, `+infoColumns+` FROM api_keys WHERE `+column+` = $1`, value), &h)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return KeyInfo{}, KeyHash{}, ErrNotFound
+	case err != nil:
+		return KeyInfo{}, KeyHash{}, fmt.Errorf("apikey: reading api_keys: %w", err)
+	}
+	return info, KeyHash(h), nil
+}
+
+// LastUsed records when keys were last used, in the column last_used_at: in
+// batches, off the request path, to the minute or so. Give it to a [Middleware] by
+// Options.LastUsed, and run it. It is safe for concurrent use.
+//
+// Its role needs UPDATE on api_keys.last_used_at. The triggers announce nothing.
+type LastUsed struct {
+	db   DB
+	uses *lastused.Uses
+}
+
+// NewLastUsed returns a LastUsed that writes to db once in every interval, and
+// records a key at most that often; 0 is a minute. It panics if db is nil or the
+// interval negative.
+func NewLastUsed(db DB, interval time.Duration) *LastUsed {
+	if isNil(db) {
+		panic("apikey: NewLastUsed: db is nil: pass a *pgxpool.Pool")
+	}
+	if interval < 0 {
+		panic(fmt.Sprintf("apikey: NewLastUsed: the interval is %v: use 0 for a minute, or more", interval))
+	}
+	if interval == 0 {
+		interval = time.Minute
+	}
+	return &LastUsed{db, lastused.New(interval)}
+}
+
+// Run writes until ctx ends, and then once more; it returns the error of that last
+// write. Uses that cannot be written are kept for the next time, as far as there
+// is room for them: see [LastUsed.Dropped].
+func (u *LastUsed) Run(ctx context.Context) error { return u.uses.Run(ctx, u.write) }
+
+// Dropped returns how many uses were not recorded, because too many keys were used
+// at once or the database was away for too long.
+func (u *LastUsed) Dropped() uint64 { return u.uses.Dropped() }
+
+// write writes what other replicas are not writing at this moment.
+func (u *LastUsed) write(ctx context.Context, ids []string, times []time.Time) error {
+	var uuids []string // keys of other stores have other ids
+	var at []time.Time
+	for i, id := range ids {
+		if isUUID(id) {
+			uuids, at = append(uuids, id), append(at, times[i])
+		}
+	}
+	_, err := u.db.Exec(ctx, `
+		WITH used AS (SELECT * FROM unnest($1::uuid[], $2::timestamptz[]) AS u (id, at)),
+		free AS (SELECT id FROM api_keys JOIN used USING (id) FOR NO KEY UPDATE OF api_keys SKIP LOCKED)
+		UPDATE api_keys k SET last_used_at = used.at FROM used JOIN free USING (id)
+		WHERE k.id = used.id AND (k.last_used_at IS NULL OR k.last_used_at < used.at)`, uuids, at)
+	if err != nil {
+		return fmt.Errorf("apikey: recording the last use of %d keys: %w", len(uuids), err)
+	}
+	return nil
+}
+
+func (k NewKey) check() error {
+	switch {
+	case !utf8.ValidString(k.Name) || strings.ContainsFunc(k.Name, unicode.IsControl):
+		return &InputError{"name", "use UTF-8 without control characters"}
+	case utf8.RuneCountInString(k.Name) > maxNameLen:
+		return &InputError{"name", fmt.Sprintf("has %d characters: use at most %d", utf8.RuneCountInString(k.Name), maxNameLen)}
+	case !k.ExpiresAt.IsZero() && !k.ExpiresAt.After(time.Now()):
+		return &InputError{"expiry", "has passed already: use a time to come, or none"}
+	}
+	return nil
+}
+
+const (
+	maxNameLen  = 255 // characters
+	maxOrgIDLen = 255 // bytes
+)
+
+func checkOrgID(orgID string) error {
+	if orgID == "" || len(orgID) > maxOrgIDLen || !utf8.ValidString(orgID) || strings.ContainsRune(orgID, 0) {
+		return &InputError{"organisation", fmt.Sprintf("use 1 to %d bytes of UTF-8 for its id", maxOrgIDLen)}
+	}
+	return nil
+}
+
+func isUUID(s string) bool {
+	var u pgtype.UUID
+	return len(s) == 36 && u.Scan(s) == nil
+}
+
+// nullTime maps the zero time to NULL.
+func nullTime(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
 }
 
 // isNil reports whether v is nil, or holds a nil pointer or function: what would

@@ -89,6 +89,9 @@ type Options struct {
 	// nothing sends status 200. Defaults to [WriteError].
 	ErrorHandler func(w http.ResponseWriter, r *http.Request, err error)
 
+	// LastUsed records when keys were last admitted. Defaults to none.
+	LastUsed *LastUsed
+
 	// Observe is called with every decision, before the handler runs, for metrics
 	// and audit. It must be safe for concurrent use, and requests wait for it.
 	// Defaults to none.
@@ -251,6 +254,9 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 	org.Plan = plan.value
 	if !plan.found || !plan.value.AllowsAPI(now) {
 		return org, source, ErrPlanExpired
+	}
+	if m.opts.LastUsed != nil {
+		m.opts.LastUsed.uses.Note(&key.used, key.value.ID, now)
 	}
 	return org, source, nil
 }

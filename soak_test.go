@@ -112,10 +112,19 @@ type soak struct {
 // judge judges one answer.
 func (s *soak) judge(r *soakReplica, subject *soakSubject, answer string, asked, answered time.Time) {
 	s.requests.Add(1)
-	var age time.Duration // of the facts that the answer needs
-	need := func(tl *timeline, good bool) {
-		last := tl.last(good, answered)
-		age = max(age, asked.Sub(last)) // of what never was, centuries
+	strict := soakStaleness + soakSlack
+	outage := r.disturbed(true, asked.Add(-strict))
+	var worst time.Duration
+	need := func(tl *timeline, good bool) { // the answer needs a fact: when was it last one?
+		age := asked.Sub(tl.last(good, answered)) // of what never was, centuries
+		bound := strict
+		if good && !outage.IsZero() {
+			bound += asked.Sub(outage) // stale facts are those of when it began, and never refuse
+		}
+		if age > bound {
+			s.complain(fmt.Sprintf("answered %q %v after it was last right, bound %v", answer, age, bound))
+		}
+		worst = max(worst, age)
 	}
 	switch answer {
 	case admitted:
@@ -131,25 +140,15 @@ func (s *soak) judge(r *soakReplica, subject *soakSubject, answer string, asked,
 		if r.disturbed(false, asked.Add(-soakRecovery)).IsZero() {
 			s.complain("503 although nothing is broken")
 		}
-		return
 	default:
 		s.complain(fmt.Sprintf("answered %q", answer))
-		return
-	}
-	bound := soakStaleness + soakSlack
-	outage := r.disturbed(true, asked.Add(-bound))
-	if answer == admitted && !outage.IsZero() {
-		bound += asked.Sub(outage) // what was known when it began
-	}
-	if age > bound {
-		s.complain(fmt.Sprintf("answered %q %v after it was last right, bound %v", answer, age, bound))
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if outage.IsZero() {
-		s.worst = max(s.worst, age)
+		s.worst = max(s.worst, worst)
 	} else {
-		s.worstOutage = max(s.worstOutage, age)
+		s.worstOutage = max(s.worstOutage, worst)
 	}
 }
 

@@ -3,11 +3,10 @@ package feed
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
-
-	"os"
 
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"

@@ -31,6 +31,7 @@ const (
 	alphabet     = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 	bodyLen      = 43 // 62^43 > 2^256
 	checksumLen  = 6  // 62^6 > 2^32
+	hintLen      = 6
 	unbiased     = 256 - 256%len(alphabet)
 	liveKeyStart = Prefix + "_" + string(Live) + "_"
 	testKeyStart = Prefix + "_" + string(Test) + "_"
@@ -68,6 +69,15 @@ func Plausible(key string) bool {
 	}
 	sum := checksum(key[:len(key)-checksumLen])
 	return key[len(key)-checksumLen:] == string(sum[:])
+}
+
+// Hint returns the characters of a key of ours that may be shown, to tell keys
+// apart: 6 of the 43 random ones. For a key without our prefix it returns "".
+func Hint(key string) string {
+	if len(key) != len(liveKeyStart)+bodyLen+checksumLen || !strings.HasPrefix(key, liveKeyStart) && !strings.HasPrefix(key, testKeyStart) {
+		return ""
+	}
+	return key[len(liveKeyStart) : len(liveKeyStart)+hintLen]
 }
 
 // checksum is the CRC-32/IEEE of s in base62, most significant digit first.

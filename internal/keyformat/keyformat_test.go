@@ -1,11 +1,10 @@
 package keyformat_test
 
 import (
+	"os"
 	"regexp"
 	"strings"
 	"testing"
-
-	"os"
 
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"

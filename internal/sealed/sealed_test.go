@@ -3,11 +3,10 @@ package sealed_test
 import (
 	"bytes"
 	"math"
+	"os"
 	"strings"
 	"testing"
 	"time"
-
-	"os"
 
 	"github.com/trackpilots/apikey/internal/sealed"
 	"github.com/trackpilots/apikey/internal/testservers"

@@ -2,13 +2,12 @@ package snapshot_test
 
 import (
 	"context"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
-
-	"os"
 
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"

@@ -2,10 +2,9 @@ package table_test
 
 import (
 	"math/rand/v2"
+	"os"
 	"sync"
 	"testing"
-
-	"os"
 
 	"github.com/trackpilots/apikey/internal/table"
 	"github.com/trackpilots/apikey/internal/testservers"
