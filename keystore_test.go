@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"
@@ -27,37 +28,37 @@ func TestHashKey(t *testing.T) {
 	}
 }
 
-func TestPostgresKeyStore(t *testing.T) {
+// TestConformance: the stores do what every store must.
+func TestConformance(t *testing.T) {
 	pool := testservers.Postgres(t)
-	store := apikey.NewPostgresKeyStore(pool)
-	expiry := time.Date(2031, 2, 3, 4, 5, 6, 789_000, time.FixedZone("", 3600))
-	for name, want := range map[string]apikey.Key{
-		"live":        {OrgID: "org_1", Active: true},
-		"deactivated": {OrgID: "org_1"},
-		"expiring":    {OrgID: "org 2/ü'\"", Active: true, ExpiresAt: expiry},
-		"epoch":       {OrgID: "org_1", Active: true, ExpiresAt: time.Unix(0, 0)}, // is not "never"
-		"far away":    {OrgID: "org_1", Active: true, ExpiresAt: time.Date(12345, 1, 1, 0, 0, 0, 0, time.UTC)},
-	} {
-		t.Run(name, func(t *testing.T) {
-			h := apikey.HashKey(name)
-			var expiresAt *time.Time
-			if !want.ExpiresAt.IsZero() {
-				expiresAt = &want.ExpiresAt
-				want.ExpiresAt = want.ExpiresAt.UTC()
-			}
-			err := pool.QueryRow(t.Context(), `INSERT INTO api_keys (org_id, key_hash, active, expires_at)
-				VALUES ($1, $2, $3, $4) RETURNING id::text`, want.OrgID, h[:], want.Active, expiresAt).Scan(&want.ID)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got, err := store.Key(t.Context(), h); err != nil || got != want {
-				t.Errorf("Key = %+v, %v, want %+v", got, err, want)
-			}
-		})
+	mustExec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false)`)
+	orNull := func(at time.Time) *time.Time {
+		if at.IsZero() {
+			return nil
+		}
+		return &at
 	}
-	if got, err := store.Key(t.Context(), apikey.HashKey("unknown")); !errors.Is(err, apikey.ErrNotFound) || got != (apikey.Key{}) {
-		t.Errorf("Key of an unknown hash = %+v, %v, want ErrNotFound", got, err)
-	}
+	apikeytest.TestKeyStore(t, apikeytest.Keys{
+		Store: apikey.NewPostgresKeyStore(pool),
+		Put: func(t *testing.T, h apikey.KeyHash, k apikey.Key) (id string) {
+			err := pool.QueryRow(t.Context(), `INSERT INTO api_keys (org_id, key_hash, active, expires_at) VALUES ($1, $2, $3, $4)
+				ON CONFLICT (key_hash) DO UPDATE SET org_id = excluded.org_id, active = excluded.active, expires_at = excluded.expires_at
+				RETURNING id::text`, k.OrgID, h[:], k.Active, orNull(k.ExpiresAt)).Scan(&id)
+			mustNot(t, err)
+			return id
+		},
+		Remove: func(t *testing.T, h apikey.KeyHash) {
+			mustExec(t, pool, `DELETE FROM api_keys WHERE key_hash = $1`, h[:])
+		},
+	})
+	plans := apikey.NewPostgresPlanStore(pool)
+	apikeytest.TestPlanStore(t, apikeytest.Plans{
+		Store: plans,
+		Put: func(t *testing.T, orgID string, p apikey.Plan) {
+			mustNot(t, plans.Subscribe(t.Context(), orgID, p.Name, p.Status, p.EndsAt))
+		},
+		Remove: func(t *testing.T, orgID string) { mustExec(t, pool, `DELETE FROM org_plans WHERE org_id = $1`, orgID) },
+	})
 }
 
 // TestStoresAreStamped: both answers of both stores tell the snapshot that they

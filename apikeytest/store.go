@@ -1,0 +1,155 @@
+// Package apikeytest helps to test services that stand behind apikey, and stores
+// that are put under it: stores in memory, requests as a handler sees them, and
+// what every store must do.
+package apikeytest
+
+// The stores in memory.
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"sync"
+	"time"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/keyformat"
+)
+
+// A Store is an [apikey.KeyStore] and an [apikey.PlanStore] in memory. It is safe
+// for concurrent use. What it is asked to change must be there: it panics
+// otherwise, since that is a mistake in the test.
+type Store struct {
+	mu     sync.Mutex
+	keys   map[apikey.KeyHash]apikey.Key
+	plans  map[string]apikey.Plan
+	hashes map[string]apikey.KeyHash // by key id
+	err    error
+}
+
+// NewStore returns an empty Store.
+func NewStore() *Store {
+	return &Store{
+		keys: map[apikey.KeyHash]apikey.Key{}, plans: map[string]apikey.Plan{}, hashes: map[string]apikey.KeyHash{},
+	}
+}
+
+// Paid is a plan that admits.
+func Paid() apikey.Plan {
+	return apikey.Plan{Name: "starter", Status: apikey.PlanActive, APIAccess: true}
+}
+
+// Key implements [apikey.KeyStore].
+func (s *Store) Key(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+	return lookup(ctx, s, s.keys, h)
+}
+
+// Plan implements [apikey.PlanStore].
+func (s *Store) Plan(ctx context.Context, orgID string) (apikey.Plan, error) {
+	return lookup(ctx, s, s.plans, orgID)
+}
+
+func lookup[S comparable, V any](ctx context.Context, s *Store, facts map[S]V, subject S) (V, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var none V
+	if err := ctx.Err(); err != nil {
+		return none, err
+	}
+	if s.err != nil {
+		return none, s.err
+	}
+	fact, ok := facts[subject]
+	if !ok {
+		return none, apikey.ErrNotFound
+	}
+	return fact, nil
+}
+
+// Fail makes every lookup fail with err, as in an outage; nil ends that.
+func (s *Store) Fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+}
+
+// Create makes a key for an organisation and returns its id, and the key itself as
+// a client sends it. Unlike that of PostgreSQL, this store takes expiries that
+// have passed.
+func (s *Store) Create(orgID string, k apikey.NewKey) (id, key string) {
+	env := keyformat.Live
+	if k.Test {
+		env = keyformat.Test
+	}
+	key = keyformat.New(env)
+	return s.Import(orgID, key, k), key
+}
+
+// Import takes in a key that is known already, and returns its id.
+func (s *Store) Import(orgID, key string, k apikey.NewKey) (id string) {
+	return s.put(apikey.HashKey(key), apikey.Key{OrgID: orgID, Active: true, ExpiresAt: k.ExpiresAt})
+}
+
+// put puts a key in the place of what is there, and gives it an id if it has none.
+func (s *Store) put(h apikey.KeyHash, key apikey.Key) (id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if key.ID == "" {
+		key.ID = fmt.Sprintf("key_%d", len(s.hashes)+1)
+	}
+	s.keys[h], s.hashes[key.ID] = key, h
+	return key.ID
+}
+
+// Deactivate makes a key dead.
+func (s *Store) Deactivate(keyID string) { s.change(keyID, func(k *apikey.Key) { k.Active = false }) }
+
+// Activate takes back Deactivate.
+func (s *Store) Activate(keyID string) { s.change(keyID, func(k *apikey.Key) { k.Active = true }) }
+
+// Expire sets the first instant at which a key is dead; zero: never.
+func (s *Store) Expire(keyID string, at time.Time) {
+	s.change(keyID, func(k *apikey.Key) { k.ExpiresAt = at })
+}
+
+func (s *Store) change(keyID string, change func(*apikey.Key)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	key, ok := s.keys[s.hashes[keyID]]
+	if !ok {
+		panic(fmt.Sprintf("apikeytest: there is no key with id %q", keyID))
+	}
+	change(&key)
+	s.keys[s.hashes[keyID]] = key
+}
+
+// Delete forgets a key.
+func (s *Store) Delete(keyID string) {
+	s.change(keyID, func(*apikey.Key) {})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.keys, s.hashes[keyID])
+}
+
+// Subscribe sets the plan of an organisation.
+func (s *Store) Subscribe(orgID string, p apikey.Plan) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.plans[orgID] = p
+}
+
+// Unsubscribe removes the plan of an organisation.
+func (s *Store) Unsubscribe(orgID string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.plans, orgID)
+}
+
+// NewRequest is [httptest.NewRequest] for a handler behind the middleware: its
+// context holds org.
+func NewRequest(method, target string, body io.Reader, org apikey.Org) *http.Request {
+	r := httptest.NewRequest(method, target, body)
+	return r.WithContext(apikey.ContextWithOrg(r.Context(), org))
+}
