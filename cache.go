@@ -267,6 +267,47 @@ func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 	return nil
 }
 
+// A CachedRecord is what Redis holds of a key or a plan, for people to look at.
+type CachedRecord[V Key | Plan] struct {
+	Name     string    // in Redis
+	Found    bool      // false: Redis holds none, and all below is zero
+	Rejected bool      // it is not sealed by us for its name, and all below is zero
+	Value    V         // what it says
+	ReadAt   time.Time // when the store was read
+	Snapshot string    // the pg_snapshot that it was read in; "" if the store does not stamp
+}
+
+// InspectKey returns the record of a key in Redis, whatever it is worth; the error
+// is that Redis could not be read.
+func (c *Cache) InspectKey(ctx context.Context, h KeyHash) (CachedRecord[Key], error) {
+	return inspect(ctx, c.keys, h)
+}
+
+// InspectPlan returns the record of an organisation's plan in Redis, as
+// [Cache.InspectKey] does.
+func (c *Cache) InspectPlan(ctx context.Context, orgID string) (CachedRecord[Plan], error) {
+	return inspect(ctx, c.plans, orgID)
+}
+
+func inspect[S comparable, V Key | Plan](ctx context.Context, l *layer[S, V], subject S) (CachedRecord[V], error) {
+	r := CachedRecord[V]{Name: l.name(subject)}
+	value, err := l.cache.rdb.Get(ctx, r.Name).Bytes()
+	if errors.Is(err, redis.Nil) {
+		return r, nil
+	}
+	if err != nil {
+		return r, fmt.Errorf("apikey: reading %s from Redis: %w", r.Name, err)
+	}
+	r.Found = true
+	rec := l.open(r.Name, value)
+	if rec == nil {
+		r.Rejected = true
+		return r, nil
+	}
+	r.Value, r.ReadAt, r.Snapshot = rec.value, rec.readAt, rec.snapshot.String()
+	return r, nil
+}
+
 // Keys returns next behind the cache. All key stores behind one Cache share its
 // records, so they must hold the same keys. It panics if next is nil.
 func (c *Cache) Keys(next KeyStore) KeyStore {

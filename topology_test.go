@@ -186,7 +186,7 @@ func TestRedisSentinel(t *testing.T) {
 // comes back.
 func TestPostgresRestart(t *testing.T) {
 	server := testservers.StartPostgres(t)
-	pool := testservers.Pool(t, testservers.DatabaseAt(t, server.URL))
+	pool := testservers.Pool(t, testservers.PostgresURLOn(t, server))
 	w := newPostgresWorldOn(t, pool)
 	rdb, secret := testservers.Redis(t), newSecret()
 	var replicas []replica

@@ -1,5 +1,8 @@
 -- Keys, plans, and the triggers that announce their changes. PostgreSQL 13 or later.
+-- What goose needs to be told stands in comments; other tools pass over them.
 
+-- +goose Up
+-- +goose StatementBegin
 CREATE TABLE api_keys (
     id           uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
     org_id       text        NOT NULL CHECK (octet_length(org_id) BETWEEN 1 AND 255),
@@ -100,3 +103,4 @@ CREATE TRIGGER apikey_announce_truncate AFTER TRUNCATE ON org_plans
 CREATE TRIGGER apikey_announce_update AFTER UPDATE ON plan_catalogue FOR EACH ROW
     WHEN (OLD.api_access IS DISTINCT FROM NEW.api_access)
     EXECUTE FUNCTION apikey_announce_all();
+-- +goose StatementEnd

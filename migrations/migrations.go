@@ -6,9 +6,11 @@ package migrations
 import (
 	"context"
 	"embed"
+	"errors"
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // FS holds the migrations, to be applied once each in the order of their names.
@@ -63,5 +65,8 @@ func applyFile(ctx context.Context, tx pgx.Tx, name string) error {
 		return err
 	}
 	_, err = tx.Exec(ctx, string(sql))
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42P07" { // duplicate_table
+		err = fmt.Errorf("the tables are there, made by another tool: go on with that one: %w", err)
+	}
 	return err
 }

@@ -8,36 +8,29 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/url"
-	"os"
 	"sync"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
-	"github.com/redis/go-redis/v9/logging"
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/migrations"
 )
 
-const connectTimeout = 5 * time.Second
-
-func demo(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
-	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
-	addr := flags.String("addr", ":8080", "`address` to listen on")
-	databaseURL := flags.String("database-url", os.Getenv("DATABASE_URL"),
-		"PostgreSQL `URL`; it is migrated, and gets rows of organisations called demo-... for as long as the demo runs; "+
-			"empty: keys and plans in memory (default $DATABASE_URL)")
-	redisURL := flags.String("redis-url", os.Getenv("REDIS_URL"), "Redis `URL`; empty: in this process (default $REDIS_URL)")
-	if err := parseFlags(flags, args, stderr); err != nil {
+func demo(ctx context.Context, a *app, args []string) (err error) {
+	f := newFlags(a, "demo")
+	addr := f.String("addr", ":8080", "`address` to listen on")
+	databaseURL := f.databaseURL("PostgreSQL `URL`; it is migrated, and gets rows of organisations called demo-... for as long as the demo runs; " +
+		"empty: keys and plans in memory")
+	redisURL := f.redisURL("Redis `URL`; empty: in this process")
+	if err := f.parse(args); err != nil {
 		return err
 	}
 
@@ -47,7 +40,7 @@ func demo(ctx context.Context, args []string, stdout, stderr io.Writer) (err err
 	}
 	defer listener.Close() // the server closes it too
 
-	rdb, closeRedis, err := openRedis(ctx, *redisURL)
+	rdb, closeRedis, err := openDemoRedis(ctx, *redisURL)
 	if err != nil {
 		return err
 	}
@@ -76,7 +69,7 @@ func demo(ctx context.Context, args []string, stdout, stderr io.Writer) (err err
 	mux.HandleFunc("GET /v1/whoami", whoami)
 	server := &http.Server{Handler: auth.Handler(mux), ReadHeaderTimeout: 10 * time.Second}
 
-	printExamples(stdout, listener.Addr().(*net.TCPAddr).Port, examples)
+	printExamples(a.stdout, listener.Addr().(*net.TCPAddr).Port, examples)
 	return serve(ctx, server, listener)
 }
 
@@ -178,33 +171,18 @@ func printExamples(w io.Writer, port int, examples []example) {
 	fmt.Fprintln(w)
 }
 
-// openRedis connects to redisURL, or to a Redis in this process if there is none.
-func openRedis(ctx context.Context, redisURL string) (*redis.Client, func(), error) {
-	if redisURL == "" {
-		server, err := miniredis.Run()
-		if err != nil {
-			return nil, nil, err
-		}
-		rdb := redis.NewClient(&redis.Options{Addr: server.Addr(), ContextTimeoutEnabled: true})
-		return rdb, func() { _ = rdb.Close(); server.Close() }, nil
+// openDemoRedis connects to redisURL, or to a Redis in this process if there is none.
+func openDemoRedis(ctx context.Context, redisURL string) (*redis.Client, func(), error) {
+	if redisURL != "" {
+		rdb, err := openRedis(ctx, redisURL)
+		return rdb, func() { _ = rdb.Close() }, err
 	}
-	opts, err := redis.ParseURL(redisURL)
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err // without the URL, which has the password in it
-	}
+	server, err := miniredis.Run()
 	if err != nil {
-		return nil, nil, fmt.Errorf("the Redis URL is not one: %w", err)
+		return nil, nil, err
 	}
-	logging.Disable() // what matters comes back as an error
-	opts.ContextTimeoutEnabled = true
-	rdb := redis.NewClient(opts)
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	if err := rdb.Ping(ctx).Err(); err != nil {
-		_ = rdb.Close()
-		return nil, nil, fmt.Errorf("no answer from Redis: %w", err)
-	}
-	return rdb, func() { _ = rdb.Close() }, nil
+	rdb := redis.NewClient(&redis.Options{Addr: server.Addr(), ContextTimeoutEnabled: true})
+	return rdb, func() { _ = rdb.Close(); server.Close() }, nil
 }
 
 // demoStores are what the demo runs on.
@@ -222,18 +200,11 @@ func openStores(ctx context.Context, databaseURL string, examples []example) (de
 		keys, plans := memoryStores(examples)
 		return demoStores{keys: keys, plans: plans, close: func() error { return nil }}, nil
 	}
-	config, err := pgxpool.ParseConfig(databaseURL)
-	if err != nil {
-		return demoStores{}, fmt.Errorf("the PostgreSQL URL is not one: %w", err)
-	}
-	config.ConnConfig.ConnectTimeout = connectTimeout
-	pool, err := pgxpool.NewWithConfig(ctx, config)
+	pool, err := openPostgres(ctx, databaseURL)
 	if err != nil {
 		return demoStores{}, err
 	}
-	if err = pool.Ping(ctx); err != nil {
-		err = fmt.Errorf("no answer from PostgreSQL: %w", err)
-	} else if err = migrations.Apply(ctx, pool); err == nil {
+	if err = migrations.Apply(ctx, pool); err == nil {
 		err = seed(ctx, pool, examples)
 	}
 	if err != nil {

@@ -1,9 +1,18 @@
 // Command apikey runs and looks after API-key authentication.
 //
-//	apikey demo    serve the main job on embedded defaults, or on real servers
+//	apikey demo       serve the main job on embedded defaults, or on real servers
+//	apikey migrate    create or update the tables
+//	apikey keys       create, list, deactivate, activate, delete, rotate, import
+//	apikey plan       set, show, define
+//	apikey explain    why a key is admitted or refused
+//	apikey doctor     whether the database and Redis are as they should be
 //
-// It exits with status 0 when it did what it was asked to, 1 when it could not,
-// and 2 when it did not understand.
+// PostgreSQL is at --database-url or $DATABASE_URL, Redis at --redis-url or
+// $REDIS_URL. Keys are read from standard input, and never from an argument, which
+// other users of the machine could see.
+//
+// The exit status is 0 when it did what it was asked to, 1 when it could not, or
+// when doctor found a fault, and 2 when it did not understand.
 package main
 
 import (
@@ -18,12 +27,43 @@ import (
 	"syscall"
 )
 
-const usage = `usage: apikey demo [flags]
+const usage = `usage: apikey command [flags]
 
-  demo    serve the main job on embedded defaults, or on real servers
+  demo               serve the main job on embedded defaults, or on real servers
+  migrate            create or update the tables
+  keys create        make a key for an organisation, and show it once
+  keys list          list the keys of an organisation
+  keys deactivate    make a key dead
+  keys activate      take that back
+  keys delete        forget a key
+  keys rotate        make a new key in the place of one that lives on for a while
+  keys import        take in keys issued elsewhere, from standard input
+  plan define        say whether a tier includes the API
+  plan set           set an organisation's tier, status or end
+  plan show          show an organisation's plan
+  explain            say why a key, by its id or from standard input, is refused
+  doctor             check the database and Redis
 
-'apikey demo -h' lists the flags.
+'apikey command -h' lists the flags of a command. Exit status: 0 done, 1 could not
+be done (doctor: a fault was found), 2 not understood.
 `
+
+// A command is a word or two, and what they do.
+type command func(ctx context.Context, a *app, args []string) error
+
+var commands = map[string]command{
+	"demo": demo, "migrate": migrate,
+	"keys create": keysCreate, "keys list": keysList, "keys deactivate": keysDeactivate, "keys activate": keysActivate,
+	"keys delete": keysDelete, "keys rotate": keysRotate, "keys import": keysImport,
+	"plan define": planDefine, "plan set": planSet, "plan show": planShow,
+	"explain": explain, "doctor": doctor,
+}
+
+// An app is the process as a command sees it.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+}
 
 // errUsage is a command line that was not understood, and has been explained.
 var errUsage = errors.New("usage")
@@ -31,7 +71,7 @@ var errUsage = errors.New("usage")
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second Ctrl-C ends at once
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	err := run(ctx, &app{os.Stdin, os.Stdout, os.Stderr}, os.Args[1:])
 	stop()
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
@@ -39,39 +79,26 @@ func main() {
 		os.Exit(2)
 	default:
 		// One line, whatever the cause has to say.
-		fmt.Fprintf(os.Stderr, "apikey: %s\n", strings.Join(strings.Fields(err.Error()), " "))
+		text := strings.TrimPrefix(strings.Join(strings.Fields(err.Error()), " "), "apikey: ")
+		fmt.Fprintf(os.Stderr, "apikey: %s\n", text)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	if len(args) == 0 {
-		fmt.Fprint(stderr, usage)
-		return errUsage
+func run(ctx context.Context, a *app, args []string) error {
+	for words := min(2, len(args)); words > 0; words-- {
+		if c, ok := commands[strings.Join(args[:words], " ")]; ok {
+			return c(ctx, a, args[words:])
+		}
 	}
-	switch args[0] {
-	case "demo":
-		return demo(ctx, args[1:], stdout, stderr)
-	case "-h", "-help", "--help", "help":
-		fmt.Fprint(stdout, usage)
-		return nil
+	if len(args) > 0 {
+		switch args[0] {
+		case "-h", "-help", "--help", "help":
+			fmt.Fprint(a.stdout, usage)
+			return nil
+		}
+		fmt.Fprintf(a.stderr, "apikey: there is no command %q\n", strings.Join(args[:min(2, len(args))], " "))
 	}
-	fmt.Fprintf(stderr, "apikey: there is no command %q\n%s", args[0], usage)
+	fmt.Fprint(a.stderr, usage)
 	return errUsage
-}
-
-// parseFlags parses a command's arguments, of which none may be left over.
-func parseFlags(flags *flag.FlagSet, args []string, stderr io.Writer) error {
-	flags.SetOutput(stderr)
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return err
-	} else if err != nil {
-		return errUsage
-	}
-	if flags.NArg() > 0 {
-		fmt.Fprintf(stderr, "apikey %s: unexpected argument %q\n", flags.Name(), flags.Arg(0))
-		flags.Usage()
-		return errUsage
-	}
-	return nil
 }

@@ -72,15 +72,40 @@ func goroutines() int {
 // is dropped when the test ends.
 func PostgresURL(tb testing.TB) string {
 	tb.Helper()
+	return migrated(tb, EmptyPostgresURL(tb))
+}
+
+// PostgresURLOn is PostgresURL on a server of the test's own.
+func PostgresURLOn(tb testing.TB, server *Server) string {
+	tb.Helper()
+	return migrated(tb, newDatabase(tb, server.URL))
+}
+
+// EmptyPostgresURL is PostgresURL without migrations.
+func EmptyPostgresURL(tb testing.TB) string {
+	tb.Helper()
 	server, err := postgres()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return DatabaseAt(tb, server)
+	return newDatabase(tb, server)
 }
 
-// DatabaseAt returns the URL of a new database on a server, as PostgresURL does.
-func DatabaseAt(tb testing.TB, server string) string {
+func migrated(tb testing.TB, url string) string {
+	tb.Helper()
+	conn, err := pgx.Connect(tb.Context(), url)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(tb.Context()))
+	if err := migrations.Apply(tb.Context(), conn); err != nil {
+		tb.Fatal(err)
+	}
+	return url
+}
+
+// newDatabase makes a database on the server at a URL, and returns its own.
+func newDatabase(tb testing.TB, server string) string {
 	tb.Helper()
 	name := "apikey_test_" + strings.ToLower(rand.Text())
 	admin := func(sql string) error {
@@ -102,20 +127,11 @@ func DatabaseAt(tb testing.TB, server string) string {
 			tb.Error(err)
 		}
 	})
-
 	u, err := url.Parse(server)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	u.Path = "/" + name
-	conn, err := pgx.Connect(tb.Context(), u.String())
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(tb.Context()))
-	if err := migrations.Apply(tb.Context(), conn); err != nil {
-		tb.Fatal(err)
-	}
 	return u.String()
 }
 

@@ -1,0 +1,280 @@
+package main
+
+// explain: the way of a request, with what is on record at each step.
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/trackpilots/apikey"
+)
+
+// An explanation is what is known of one key, and what follows.
+type explanation struct {
+	Header  string       `json:"header"` // what the Authorization header is found to be
+	Key     *keyJSON     `json:"key"`
+	Plan    *planJSON    `json:"plan"`
+	Redis   []recordJSON `json:"redis"`
+	Code    string       `json:"code"` // "" is admitted
+	Verdict string       `json:"verdict"`
+
+	hash *apikey.KeyHash // nil: the header holds no key that could be looked up
+}
+
+// A recordJSON is what Redis holds.
+type recordJSON struct {
+	Name     string     `json:"name"`
+	State    string     `json:"state"`
+	ReadAt   *time.Time `json:"readAt"`
+	Snapshot string     `json:"snapshot"`
+}
+
+func explain(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "explain")
+	f.Usage = func() {
+		fmt.Fprint(a.stderr, "usage: apikey explain [flags] < KEY\n       apikey explain [flags] --id ID\n\n"+
+			"Standard input holds a key, or the value of an Authorization header. To read records in\n"+
+			"Redis it needs the secret of the caches in $APIKEY_CACHE_SECRET.\n\n")
+		f.PrintDefaults()
+	}
+	databaseURL := f.databaseURL("PostgreSQL `URL`")
+	redisURL := f.redisURL("Redis `URL`; empty: Redis is not looked at")
+	id := f.String("id", "", "the `id` of the key; empty: standard input holds the key")
+	f.jsonOutput()
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	header := ""
+	if *id == "" {
+		line, err := bufio.NewReader(io.LimitReader(a.stdin, 64<<10)).ReadString('\n')
+		if line = strings.TrimRight(line, "\r\n"); line == "" {
+			return fmt.Errorf("standard input holds no key; give one, or --id: %w", err)
+		}
+		header = line
+		if !strings.ContainsAny(line, " \t") && !strings.EqualFold(line, "Bearer") {
+			header = "Bearer " + line
+		}
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		e, err := explainKey(ctx, pool, header, *id)
+		if err != nil {
+			return err
+		}
+		if *redisURL != "" {
+			err = e.addRedis(ctx, *redisURL)
+		}
+		if err != nil {
+			return err
+		}
+		return f.print(e, e.text)
+	})
+}
+
+// explainKey looks at the facts in PostgreSQL, past all caches. The verdict is that
+// of the middleware itself.
+func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*explanation, error) {
+	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
+	e := new(explanation)
+	var verdict error
+	if id != "" {
+		info, h, err := keys.Find(ctx, id)
+		if errors.Is(err, apikey.ErrNotFound) {
+			return nil, errors.New("there is no key with this id; to look for a key itself, write it to standard input")
+		}
+		if err != nil {
+			return nil, err
+		}
+		e.Header, e.hash = "not looked at: the key was given by its id", &h
+		e.Key = new(toJSON(info, apikey.Secret{}))
+		verdict = authenticate(ctx, apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
+			return keys.Key(ctx, h)
+		}), plans, "Bearer the-key-by-its-id")
+	} else {
+		// The middleware takes the header apart; what it looks for tells the hash.
+		verdict = authenticate(ctx, apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+			e.hash = &h
+			return keys.Key(ctx, h)
+		}), plans, header)
+		e.Header = "a Bearer key, well-formed"
+		if e.hash == nil {
+			e.Header = "refused: " + reasonOfHeader(header, verdict)
+		}
+		if e.hash != nil {
+			info, _, err := keys.FindHash(ctx, *e.hash)
+			if err != nil && !errors.Is(err, apikey.ErrNotFound) {
+				return nil, err
+			}
+			if err == nil {
+				e.Key = new(toJSON(info, apikey.Secret{}))
+			}
+		}
+	}
+	if e.Key != nil {
+		p, err := plans.Plan(ctx, e.Key.OrgID)
+		if err != nil && !errors.Is(err, apikey.ErrNotFound) {
+			return nil, err
+		}
+		if err == nil {
+			e.Plan = &planJSON{e.Key.OrgID, p.Name, string(p.Status), p.APIAccess, orNull(p.EndsAt), p.AllowsAPI(time.Now())}
+		}
+	}
+	refusal, ok := errors.AsType[*apikey.Error](verdict)
+	switch {
+	case verdict == nil:
+		e.Verdict = "admitted"
+	case !ok || errors.Is(verdict, apikey.ErrUnavailable):
+		return nil, verdict
+	default:
+		e.Code = refusal.Code
+		e.Verdict = e.reason()
+	}
+	return e, nil
+}
+
+func authenticate(ctx context.Context, keys apikey.KeyStore, plans apikey.PlanStore, header string) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
+	if err != nil {
+		return err
+	}
+	r.Header["Authorization"] = []string{header}
+	_, err = apikey.New(keys, plans, nil).Authenticate(r)
+	return err
+}
+
+// reasonOfHeader says what is wrong with a header, without repeating it.
+func reasonOfHeader(header string, verdict error) string {
+	switch {
+	case errors.Is(verdict, apikey.ErrInvalidAPIKeySchema):
+		return "its scheme is not Bearer"
+	case errors.Is(verdict, apikey.ErrAPIKeyMissing):
+		return "nothing follows Bearer"
+	}
+	_, key, _ := strings.Cut(header, " ")
+	key = strings.Trim(key, " ")
+	switch {
+	case strings.ContainsAny(key, " ,\t"):
+		return "more than one key follows Bearer"
+	case len(key) > 512:
+		return fmt.Sprintf("the key has %d bytes, and 512 are the most", len(key))
+	case strings.HasPrefix(key, "tpk_"):
+		return "it begins like a key of ours, but its length or checksum is wrong: it was mistyped, cut off or made up"
+	}
+	return "it holds characters that a key cannot have"
+}
+
+// reason says why the key is refused, from the facts.
+func (e *explanation) reason() string {
+	now := time.Now()
+	switch {
+	case e.hash == nil:
+		return "the header is " + e.Header
+	case e.Key == nil:
+		return "no such key is on record: it was never valid, or has been deleted"
+	case e.Key.State == "expired":
+		return fmt.Sprintf("the key expired at %s", e.Key.ExpiresAt.Format(time.RFC3339))
+	case e.Key.State != "active":
+		return "the key is " + e.Key.State
+	case e.Plan == nil:
+		return "the organisation has no subscription"
+	case e.Plan.Status != string(apikey.PlanActive):
+		return fmt.Sprintf("the subscription is %s, not active", e.Plan.Status)
+	case !e.Plan.APIAccess:
+		return fmt.Sprintf("the tier %s does not include the API", e.Plan.Tier)
+	case e.Plan.EndsAt != nil && !now.Before(*e.Plan.EndsAt):
+		return fmt.Sprintf("the plan ended at %s", e.Plan.EndsAt.Format(time.RFC3339))
+	}
+	return "the facts have just changed: try again"
+}
+
+// addRedis adds what Redis holds of the key and the plan, and how it differs.
+func (e *explanation) addRedis(ctx context.Context, redisURL string) error {
+	secret := os.Getenv("APIKEY_CACHE_SECRET")
+	if len(secret) < 32 {
+		return errors.New("to read records in Redis, set APIKEY_CACHE_SECRET to the secret of the caches; or leave --redis-url and REDIS_URL empty")
+	}
+	rdb, err := openRedis(ctx, redisURL)
+	if err != nil {
+		return err
+	}
+	defer rdb.Close()
+	cache := apikey.NewCache(redis.UniversalClient(rdb), []byte(secret), nil)
+	if e.hash != nil {
+		r, err := cache.InspectKey(ctx, *e.hash)
+		if err != nil {
+			return err
+		}
+		same := e.Key != nil && r.Value.ID == e.Key.ID && r.Value.OrgID == e.Key.OrgID && r.Value.Active == (e.Key.State != "deactivated") &&
+			r.Value.ExpiresAt.Equal(orZero(e.Key.ExpiresAt))
+		e.Redis = append(e.Redis, toRecordJSON(r, same))
+	}
+	if e.Key != nil {
+		r, err := cache.InspectPlan(ctx, e.Key.OrgID)
+		if err != nil {
+			return err
+		}
+		same := e.Plan != nil && r.Value.Name == e.Plan.Tier && string(r.Value.Status) == e.Plan.Status && r.Value.APIAccess == e.Plan.APIAccess &&
+			r.Value.EndsAt.Equal(orZero(e.Plan.EndsAt))
+		e.Redis = append(e.Redis, toRecordJSON(r, same))
+	}
+	return nil
+}
+
+func toRecordJSON[V apikey.Key | apikey.Plan](r apikey.CachedRecord[V], same bool) recordJSON {
+	state := "as in PostgreSQL"
+	switch {
+	case !r.Found:
+		state = "none"
+	case r.Rejected:
+		state = "not sealed under this secret: ignored"
+	case !same:
+		state = "from before a change: not used once that is announced"
+	}
+	return recordJSON{r.Name, state, orNull(r.ReadAt), r.Snapshot}
+}
+
+func (e *explanation) text(w io.Writer) {
+	row(w, "header", e.Header)
+	if k := e.Key; k != nil {
+		row(w, "key", k.State+", id "+k.ID)
+		row(w, "", "name "+k.Name+", hint "+k.Hint)
+		row(w, "", "expires "+when(k.ExpiresAt)+", last used "+when(k.LastUsedAt))
+		row(w, "organisation", k.OrgID)
+	} else if e.hash != nil {
+		row(w, "key", "not on record")
+	}
+	if p := e.Plan; p != nil {
+		row(w, "plan", "tier "+p.Tier+", status "+p.Status)
+		row(w, "", fmt.Sprintf("includes the API: %v, ends %s", p.APIAccess, when(p.EndsAt)))
+	} else if e.Key != nil {
+		row(w, "plan", "no subscription")
+	}
+	for _, r := range e.Redis {
+		row(w, "Redis", r.Name)
+		row(w, "", r.State)
+		if r.ReadAt != nil {
+			row(w, "", fmt.Sprintf("%v old, snapshot %s", time.Since(*r.ReadAt).Round(time.Millisecond), r.Snapshot))
+		}
+	}
+	if e.Code == "" {
+		row(w, "verdict", "admitted")
+		return
+	}
+	row(w, "verdict", e.Code+": "+e.Verdict)
+}
+
+func when(t *time.Time) string {
+	if t == nil {
+		return "never"
+	}
+	return t.Format(time.RFC3339)
+}

@@ -1,0 +1,349 @@
+package main
+
+// migrate, keys and plan: what the stores do, on the command line.
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/migrations"
+)
+
+func migrate(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "migrate")
+	databaseURL := f.databaseURL("PostgreSQL `URL`, of the owner of the tables")
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		if err := migrations.Apply(ctx, pool); err != nil {
+			return err
+		}
+		fmt.Fprintln(a.stdout, "the tables are up to date")
+		return nil
+	})
+}
+
+// keyJSON is a key for programs. Key is the key itself, and only ever that of one
+// that was just made.
+type keyJSON struct {
+	ID         string     `json:"id"`
+	OrgID      string     `json:"orgId"`
+	Name       string     `json:"name"`
+	Hint       string     `json:"hint"`
+	State      string     `json:"state"`
+	CreatedAt  time.Time  `json:"createdAt"`
+	ExpiresAt  *time.Time `json:"expiresAt"`
+	LastUsedAt *time.Time `json:"lastUsedAt"`
+	Key        string     `json:"key,omitempty"`
+}
+
+func toJSON(k apikey.KeyInfo, secret apikey.Secret) keyJSON {
+	return keyJSON{
+		k.ID, k.OrgID, k.Name, k.Hint, k.State(time.Now()), k.CreatedAt, orNull(k.ExpiresAt), orNull(k.LastUsedAt), secret.Reveal(),
+	}
+}
+
+// newKeyFlags are the flags of commands that make keys.
+func newKeyFlags(f *flagSet) func() (apikey.NewKey, error) {
+	name := f.String("name", "", "a `name` for people")
+	f.String("expires", "never", "`when` the key ends: a time, a duration from now, or never")
+	return func() (apikey.NewKey, error) {
+		at, err := f.instant("expires")
+		return apikey.NewKey{Name: *name, ExpiresAt: at}, err
+	}
+}
+
+// printNew prints a key that was just made, with its secret.
+func (f *flagSet) printNew(info apikey.KeyInfo, secret apikey.Secret) error {
+	return f.print(toJSON(info, secret), func(w io.Writer) {
+		row(w, "id", info.ID)
+		row(w, "expires", info.ExpiresAt)
+		row(w, "key", secret.Reveal())
+		fmt.Fprintln(w, "\nThis is the only time that the key is shown.")
+	})
+}
+
+func keysCreate(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "keys create")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	test := f.Bool("test", false, "make it say test, not live")
+	newKey := newKeyFlags(f)
+	f.jsonOutput()
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	k, err := newKey()
+	if err != nil {
+		return err
+	}
+	k.Test = *test
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		info, secret, err := apikey.NewPostgresKeyStore(pool).Create(ctx, *org, k)
+		if err != nil {
+			return err
+		}
+		return f.printNew(info, secret)
+	})
+}
+
+func keysList(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "keys list")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	f.jsonOutput()
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		all := []keyJSON{}
+		for page := (apikey.Page{Limit: 1000}); ; {
+			keys, next, err := apikey.NewPostgresKeyStore(pool).List(ctx, *org, page)
+			if err != nil {
+				return err
+			}
+			for _, k := range keys {
+				all = append(all, toJSON(k, apikey.Secret{}))
+			}
+			if page.After = next; next == "" {
+				break
+			}
+		}
+		return f.print(all, func(w io.Writer) {
+			row(w, "ID", "STATE", "HINT", "CREATED", "EXPIRES", "LAST USED", "NAME")
+			for _, k := range all {
+				row(w, k.ID, k.State, k.Hint, k.CreatedAt, orZero(k.ExpiresAt), orZero(k.LastUsedAt), k.Name)
+			}
+		})
+	})
+}
+
+func orZero(t *time.Time) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return *t
+}
+
+func keysDeactivate(ctx context.Context, a *app, args []string) error {
+	return changeKey(ctx, a, args, "deactivate", (*apikey.PostgresKeyStore).Deactivate)
+}
+
+func keysActivate(ctx context.Context, a *app, args []string) error {
+	return changeKey(ctx, a, args, "activate", (*apikey.PostgresKeyStore).Activate)
+}
+
+func keysDelete(ctx context.Context, a *app, args []string) error {
+	return changeKey(ctx, a, args, "delete", (*apikey.PostgresKeyStore).Delete)
+}
+
+func changeKey(
+	ctx context.Context, a *app, args []string, verb string, change func(s *apikey.PostgresKeyStore, ctx context.Context, orgID, keyID string) error,
+) error {
+	f := newFlags(a, "keys "+verb)
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	id := f.must("id", "the `id` of the key, not the key itself")
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		err := change(apikey.NewPostgresKeyStore(pool), ctx, *org, *id)
+		if errors.Is(err, apikey.ErrNotFound) {
+			return noSuchKey(*org)
+		}
+		return err
+	})
+}
+
+// noSuchKey does not repeat the id, since it may be a key that was given for one.
+func noSuchKey(org string) error {
+	return fmt.Errorf("organisation %q has no key with this id: 'apikey keys list' shows those it has", org)
+}
+
+func keysRotate(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "keys rotate")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	id := f.must("id", "the `id` of the key to replace, not the key itself")
+	overlap := f.Duration("overlap", 24*time.Hour, "`how long` the old key lives on")
+	newKey := newKeyFlags(f)
+	f.jsonOutput()
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	k, err := newKey()
+	if err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		info, secret, err := apikey.NewPostgresKeyStore(pool).Rotate(ctx, *org, *id, time.Now().Add(*overlap), k)
+		if errors.Is(err, apikey.ErrNotFound) {
+			return noSuchKey(*org)
+		}
+		if err != nil {
+			return err
+		}
+		return f.printNew(info, secret)
+	})
+}
+
+// keysImport imports all of its input, or nothing.
+func keysImport(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "keys import")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	hashed := f.Bool("sha256", false, "the input is the SHA-256 of keys, in hex")
+	newKey := newKeyFlags(f)
+	f.jsonOutput()
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	k, err := newKey()
+	if err != nil {
+		return err
+	}
+	lines := bufio.NewScanner(a.stdin)
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		imported := []keyJSON{}
+		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+			store := apikey.NewPostgresKeyStore(tx)
+			for n := 1; lines.Scan(); n++ {
+				line := strings.TrimSpace(lines.Text())
+				if line == "" {
+					continue
+				}
+				info, err := importLine(ctx, store, *org, line, *hashed, k)
+				if err != nil {
+					return fmt.Errorf("line %d, and nothing was imported: %w", n, err) // without the line: it is a key
+				}
+				imported = append(imported, toJSON(info, apikey.Secret{}))
+			}
+			if err := lines.Err(); err != nil {
+				return fmt.Errorf("reading standard input: %w", err)
+			}
+			if len(imported) == 0 {
+				return errors.New("standard input is empty: write one key to a line")
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return f.print(imported, func(w io.Writer) {
+			row(w, "ID", "NAME")
+			for _, k := range imported {
+				row(w, k.ID, k.Name)
+			}
+		})
+	})
+}
+
+func importLine(ctx context.Context, store *apikey.PostgresKeyStore, org, line string, hashed bool, k apikey.NewKey) (apikey.KeyInfo, error) {
+	if !hashed {
+		return store.Import(ctx, org, line, k)
+	}
+	h, err := hex.DecodeString(line)
+	if err != nil || len(h) != len(apikey.KeyHash{}) {
+		return apikey.KeyInfo{}, errors.New("a SHA-256 has 64 hexadecimal digits")
+	}
+	return store.ImportHash(ctx, org, apikey.KeyHash(h), k)
+}
+
+func planDefine(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "plan define")
+	databaseURL, tier := f.databaseURL("PostgreSQL `URL`"), f.must("tier", "the `name` of the tier")
+	api := f.Bool("api", false, "it includes the API")
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		return apikey.NewPostgresPlanStore(pool).DefineTier(ctx, *tier, *api)
+	})
+}
+
+// planSet changes what it is told to. An organisation without a subscription gets
+// one, which needs a tier.
+func planSet(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "plan set")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	tier := f.String("tier", "", "the `name` of the tier")
+	status := f.String("status", "", "active, pending, past_due, payment_failed, cancelled or expired (default of a new subscription: active)")
+	f.String("ends", "", "`when` the plan ends: a time, a duration from now, or never")
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	if !f.given("tier") && !f.given("status") && !f.given("ends") {
+		return f.misused("nothing to set: give --tier, --status or --ends")
+	}
+	ends, err := f.instant("ends")
+	if err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+			store := apikey.NewPostgresPlanStore(tx)
+			p, err := store.Plan(ctx, *org)
+			switch {
+			case errors.Is(err, apikey.ErrNotFound) && *tier == "":
+				return fmt.Errorf("organisation %q has no subscription: give --tier to make one", *org)
+			case errors.Is(err, apikey.ErrNotFound):
+				p.Status = apikey.PlanActive
+			case err != nil:
+				return err
+			}
+			if f.given("tier") {
+				p.Name = *tier
+			}
+			if f.given("status") {
+				p.Status = apikey.PlanStatus(*status)
+			}
+			if f.given("ends") {
+				p.EndsAt = ends
+			}
+			return store.Subscribe(ctx, *org, p.Name, p.Status, p.EndsAt)
+		})
+	})
+}
+
+// planJSON is a plan for programs.
+type planJSON struct {
+	OrgID     string     `json:"orgId"`
+	Tier      string     `json:"tier"`
+	Status    string     `json:"status"`
+	APIAccess bool       `json:"apiAccess"`
+	EndsAt    *time.Time `json:"endsAt"`
+	AllowsAPI bool       `json:"allowsApi"`
+}
+
+func planShow(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "plan show")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	f.jsonOutput()
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		p, err := apikey.NewPostgresPlanStore(pool).Plan(ctx, *org)
+		if errors.Is(err, apikey.ErrNotFound) {
+			return fmt.Errorf("organisation %q has no subscription", *org)
+		}
+		if err != nil {
+			return err
+		}
+		value := planJSON{*org, p.Name, string(p.Status), p.APIAccess, orNull(p.EndsAt), p.AllowsAPI(time.Now())}
+		return f.print(value, func(w io.Writer) {
+			row(w, "tier", p.Name)
+			row(w, "status", p.Status)
+			row(w, "includes the API", p.APIAccess)
+			row(w, "ends", p.EndsAt)
+			row(w, "admits requests", value.AllowsAPI)
+		})
+	})
+}

@@ -1,0 +1,444 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/testservers"
+)
+
+const cacheSecret = "a secret of the caches, 32 bytes long or more"
+
+// A shell runs the command as an operator does, with the servers in its
+// environment.
+type shell struct {
+	databaseURL, redisURL string
+}
+
+// run runs the command with a standard input, and returns what it prints and its
+// exit status.
+func (s shell) run(t *testing.T, stdin string, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	cmd := exec.Command(binary, args...)
+	cmd.Env = append(os.Environ(), "DATABASE_URL="+s.databaseURL, "REDIS_URL="+s.redisURL, "APIKEY_CACHE_SECRET="+cacheSecret)
+	cmd.Stdin = strings.NewReader(stdin)
+	var out, fault strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &fault
+	err := cmd.Run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return out.String(), fault.String(), exit.ExitCode()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.String(), fault.String(), 0
+}
+
+// must runs the command and wants it to succeed.
+func (s shell) must(t *testing.T, stdin string, args ...string) string {
+	t.Helper()
+	stdout, stderr, status := s.run(t, stdin, args...)
+	if status != 0 || stderr != "" {
+		t.Fatalf("%q: exit status %d\n%s%s", args, status, stdout, stderr)
+	}
+	return stdout
+}
+
+// refuse runs the command and wants it to fail with one line that says want.
+func (s shell) refuse(t *testing.T, stdin, want string, args ...string) {
+	t.Helper()
+	stdout, stderr, status := s.run(t, stdin, args...)
+	if status != 1 || !strings.Contains(stderr, want) || strings.Count(stderr, "\n") != 1 || stdout != "" || strings.Contains(stderr, "tpk_live_") {
+		t.Errorf("%q: exit status %d, want 1 and one line with %q\n%s%s", args, status, want, stdout, stderr)
+	}
+}
+
+// decode runs the command with --json and decodes what it prints.
+func decode[V any](t *testing.T, s shell, stdin string, args ...string) (v V) {
+	t.Helper()
+	out := s.must(t, stdin, append(args, "--json")...)
+	dec := json.NewDecoder(strings.NewReader(out))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&v); err != nil {
+		t.Fatalf("%q: %v\n%s", args, err, out)
+	}
+	return v
+}
+
+// serve starts a replica that uses the servers of s, and returns what asks it and
+// waits for an answer.
+func (s shell) serve(t *testing.T) (wantCode func(key, want string)) {
+	t.Helper()
+	pool := testservers.Pool(t, s.databaseURL)
+	cache := apikey.NewCache(testservers.RedisAt(t, s.redisURL), []byte(cacheSecret), nil)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	done := make(chan error)
+	go func() { done <- cache.Watch(ctx, pool) }()
+	uses := apikey.NewLastUsed(pool, 50*time.Millisecond)
+	go func() { done <- uses.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := errors.Join(<-done, <-done); err != nil {
+			t.Error(err)
+		}
+	})
+	for deadline := time.Now().Add(10 * time.Second); !cache.Stats().FeedLive; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the feed is not live: %v", cache.Stats().FeedErr)
+		}
+	}
+	auth := apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), &apikey.Options{LastUsed: uses})
+	h := auth.Handler(http.HandlerFunc(whoami))
+	return func(key, want string) {
+		t.Helper()
+		var w *httptest.ResponseRecorder
+		for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			r := httptest.NewRequest("GET", "/v1/whoami", nil)
+			r.Header.Set("Authorization", "Bearer "+key)
+			w = httptest.NewRecorder()
+			h.ServeHTTP(w, r)
+			if strings.Contains(w.Body.String(), `"`+want+`"`) {
+				return
+			}
+		}
+		t.Fatalf("answered %s, want %s", w.Body, want)
+	}
+}
+
+// TestStory is the life of a customer, by the command, while a replica serves.
+func TestStory(t *testing.T) {
+	s := shell{testservers.EmptyPostgresURL(t), testservers.RedisURL(t)}
+	if _, stderr, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(stderr, "faults were found") {
+		t.Errorf("doctor before there are tables: %d\n%s", status, stderr)
+	}
+	s.must(t, "", "migrate")
+	s.must(t, "", "migrate")
+	s.must(t, "", "plan", "define", "--tier", "starter", "--api")
+	s.must(t, "", "plan", "define", "--tier", "basic")
+	s.must(t, "", "plan", "set", "--org", "acme", "--tier", "starter")
+	wantCode := s.serve(t)
+	explained := func(stdin, code, verdict string, args ...string) {
+		t.Helper()
+		e := decode[explanation](t, s, stdin, append([]string{"explain"}, args...)...)
+		if e.Code != code || !strings.Contains(e.Verdict, verdict) {
+			t.Errorf("explained as %+v, want %q, %q", e, code, verdict)
+		}
+		text := s.must(t, stdin, append([]string{"explain"}, args...)...)
+		if !strings.Contains(text, verdict) {
+			t.Errorf("explained as\n%s, want %q", text, verdict)
+		}
+		if key := strings.TrimSpace(stdin); key != "" && strings.Contains(text, key[9:]) {
+			t.Errorf("the key is shown:\n%s", text)
+		}
+	}
+
+	first := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme", "--name", "CI")
+	wantCode(first.Key, "acme")
+	explained(first.Key, "", "admitted")
+	explained("", "", "admitted", "--id", first.ID)
+
+	second := decode[keyJSON](t, s, "", "keys", "rotate", "--org", "acme", "--id", first.ID, "--overlap", "3s")
+	wantCode(first.Key, "acme")
+	wantCode(second.Key, "acme")
+	wantCode(first.Key, "INVALID_API_KEY") // when the overlap ends
+	explained(first.Key, "INVALID_API_KEY", "the key expired at ")
+	wantCode(second.Key, "acme")
+
+	s.must(t, "", "keys", "deactivate", "--org", "acme", "--id", second.ID)
+	wantCode(second.Key, "INVALID_API_KEY")
+	explained(second.Key, "INVALID_API_KEY", "the key is deactivated")
+	explained("", "INVALID_API_KEY", "the key is deactivated", "--id", second.ID)
+	s.must(t, "", "keys", "activate", "--org", "acme", "--id", second.ID)
+	wantCode(second.Key, "acme")
+
+	for _, c := range []struct {
+		verdict string
+		set     []string
+	}{
+		{"the subscription is past_due, not active", []string{"--status", "past_due"}},
+		{"the tier basic does not include the API", []string{"--status", "active", "--tier", "basic"}},
+		{"the plan ended at ", []string{"--tier", "starter", "--ends", "-1h"}},
+	} {
+		s.must(t, "", append([]string{"plan", "set", "--org", "acme"}, c.set...)...)
+		wantCode(second.Key, "PLAN_EXPIRED")
+		explained(second.Key, "PLAN_EXPIRED", c.verdict)
+	}
+	s.must(t, "", "plan", "set", "--org", "acme", "--ends", "720h")
+	wantCode(second.Key, "acme")
+	explained(second.Key, "", "admitted")
+
+	time.Sleep(200 * time.Millisecond) // for the last use
+	list := decode[[]keyJSON](t, s, "", "keys", "list", "--org", "acme")
+	if len(list) != 2 || list[0].State != "expired" || list[1].State != "active" || list[0].Name != "CI" || list[1].Name != "CI" ||
+		list[0].LastUsedAt == nil || list[1].LastUsedAt == nil || list[0].Key != "" || list[1].Hint != second.Key[9:15] {
+		t.Errorf("the list is %+v", list)
+	}
+	text := s.must(t, "", "keys", "list", "--org", "acme")
+	if !strings.Contains(text, "LAST USED") || !strings.Contains(text, second.ID) || strings.Contains(text, second.Key) {
+		t.Errorf("the list is\n%s", text)
+	}
+
+	s.must(t, "", "keys", "delete", "--org", "acme", "--id", second.ID)
+	wantCode(second.Key, "INVALID_API_KEY")
+	explained(second.Key, "INVALID_API_KEY", "no such key is on record")
+	s.refuse(t, "", "there is no key with this id", "explain", "--id", second.ID)
+
+	for _, state := range decode[[]finding](t, s, "", "doctor") {
+		if state.State != stateOK {
+			t.Errorf("doctor: %+v", state)
+		}
+	}
+}
+
+// TestExplainHeaders: what is wrong with a header is told, and the header is not.
+func TestExplainHeaders(t *testing.T) {
+	s := shell{databaseURL: testservers.PostgresURL(t)}
+	key := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme").Key
+	for stdin, want := range map[string][2]string{
+		"Bearer " + key:                 {"PLAN_EXPIRED", "the organisation has no subscription"},
+		"bearer   " + key:               {"PLAN_EXPIRED", "the organisation has no subscription"},
+		key + "\nmore":                  {"PLAN_EXPIRED", "the organisation has no subscription"},
+		"Token " + key:                  {"INVALID_API_KEY_SCHEMA", "its scheme is not Bearer"},
+		"Bearer":                        {"API_KEY_MISSING", "nothing follows Bearer"},
+		"Bearer " + key + " " + key:     {"INVALID_API_KEY", "more than one key follows Bearer"},
+		key[:57]:                        {"INVALID_API_KEY", "mistyped, cut off or made up"},
+		strings.Repeat("k", 513):        {"INVALID_API_KEY", "the key has 513 bytes, and 512 are the most"},
+		`Bearer "` + key[:20] + `"`:     {"INVALID_API_KEY", "characters that a key cannot have"},
+		"a-key-of-somebody-else-or-not": {"INVALID_API_KEY", "no such key is on record"},
+	} {
+		e := decode[explanation](t, s, stdin, "explain")
+		if e.Code != want[0] || !strings.Contains(e.Verdict, want[1]) {
+			t.Errorf("%q: %+v, want %q", stdin, e, want)
+		}
+		if text := s.must(t, stdin, "explain"); strings.Contains(text, key[9:17]) {
+			t.Errorf("%q: the key is shown:\n%s", stdin, text)
+		}
+	}
+	s.refuse(t, "", "standard input holds no key", "explain")
+	s.refuse(t, "\n", "standard input holds no key", "explain")
+}
+
+// TestExplainRedis: what Redis holds is told, with its age and stamp.
+func TestExplainRedis(t *testing.T) {
+	s := shell{testservers.PostgresURL(t), testservers.StartRedis(t).URL}
+	s.must(t, "", "plan", "define", "--tier", "starter", "--api")
+	s.must(t, "", "plan", "set", "--org", "acme", "--tier", "starter")
+	made := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme")
+	states := func() (states [2]string) {
+		e := decode[explanation](t, s, made.Key, "explain")
+		if len(e.Redis) != 2 {
+			t.Fatalf("explained as %+v", e)
+		}
+		for i, r := range e.Redis {
+			states[i] = r.State
+			if snapshot := regexp.MustCompile(`^\d+:\d+:`); (r.ReadAt != nil) != snapshot.MatchString(r.Snapshot) {
+				t.Errorf("%+v", r)
+			}
+		}
+		return states
+	}
+	if got, want := states(), [2]string{"none", "none"}; got != want {
+		t.Errorf("before a request: %q, want %q", got, want)
+	}
+	s.serve(t)(made.Key, "acme")
+	same := "as in PostgreSQL"
+	for deadline := time.Now().Add(5 * time.Second); states() != [2]string{same, same}; {
+		if time.Now().After(deadline) {
+			t.Fatalf("after a request: %q", states())
+		}
+	}
+	s.must(t, "", "keys", "deactivate", "--org", "acme", "--id", made.ID)
+	stale := "from before a change: not used once that is announced"
+	if got, want := states(), [2]string{stale, same}; got != want {
+		t.Errorf("after a change: %q, want %q", got, want)
+	}
+	rdb := testservers.RedisAt(t, s.redisURL)
+	for _, name := range rdb.Keys(t.Context(), "*").Val() {
+		if err := rdb.Set(t.Context(), name, "forged", 0).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forged := "not sealed under this secret: ignored"
+	if got, want := states(), [2]string{forged, forged}; got != want {
+		t.Errorf("forged: %q, want %q", got, want)
+	}
+	text := s.must(t, "", "explain", "--id", made.ID)
+	if !strings.Contains(text, "apikey:1:key:") || strings.Contains(text, made.Key) {
+		t.Errorf("explained as\n%s", text)
+	}
+}
+
+func TestImport(t *testing.T) {
+	s := shell{databaseURL: testservers.PostgresURL(t)}
+	pool := testservers.Pool(t, s.databaseURL)
+	store := apikey.NewPostgresKeyStore(pool)
+	imported := decode[[]keyJSON](t, s, "a-key-issued-elsewhere-1\n\na-key-issued-elsewhere-2\r\n", "keys", "import", "--org", "acme", "--name", "old")
+	h := apikey.HashKey("a-key-issued-elsewhere-3")
+	imported = append(imported, decode[[]keyJSON](t, s, fmt.Sprintf("%X", h), "keys", "import", "--org", "acme", "--sha256")...)
+	if len(imported) != 3 || imported[0].Name != "old" {
+		t.Errorf("imported %+v", imported)
+	}
+	for i, k := range imported {
+		found, err := store.Key(t.Context(), apikey.HashKey(fmt.Sprintf("a-key-issued-elsewhere-%d", i+1)))
+		if err != nil || found.ID != k.ID || found.OrgID != "acme" {
+			t.Errorf("key %d is %+v, %v", i+1, found, err)
+		}
+	}
+	for stdin, want := range map[string]string{
+		"":     "standard input is empty",
+		"\n\n": "standard input is empty",
+		"a-new-key-issued-elsewhere\na-key-issued-elsewhere-1\n": "line 2, and nothing was imported: apikey: this key is on record already",
+		"a-new-key-issued-elsewhere\nshort\n":                    "line 2, and nothing was imported: apikey: key: use 16 to 512",
+	} {
+		s.refuse(t, stdin, want, "keys", "import", "--org", "acme")
+	}
+	s.refuse(t, "00ff", "64 hexadecimal digits", "keys", "import", "--org", "acme", "--sha256")
+	if _, err := store.Key(t.Context(), apikey.HashKey("a-new-key-issued-elsewhere")); !errors.Is(err, apikey.ErrNotFound) {
+		t.Errorf("half of a refused import is there: %v", err)
+	}
+}
+
+// TestRefusals: what cannot be done is told in one line that says what to do.
+func TestRefusals(t *testing.T) {
+	s := shell{databaseURL: testservers.PostgresURL(t)}
+	s.must(t, "", "plan", "define", "--tier", "starter")
+	made := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme")
+	for _, c := range []struct {
+		want string
+		args []string
+	}{
+		{"has no key with this id", []string{"keys", "deactivate", "--org", "other", "--id", made.ID}},
+		{"'apikey keys list' shows", []string{"keys", "rotate", "--org", "other", "--id", made.ID}},
+		{"has no key with this id", []string{"keys", "delete", "--org", "acme", "--id", made.Key}},
+		{"has passed already", []string{"keys", "create", "--org", "acme", "--expires", "-1h"}},
+		{"use at most 255", []string{"keys", "create", "--org", "acme", "--name", strings.Repeat("n", 256)}},
+		{"has no subscription: give --tier", []string{"plan", "set", "--org", "acme", "--status", "active"}},
+		{`"gold" is not in plan_catalogue`, []string{"plan", "set", "--org", "acme", "--tier", "gold"}},
+		{`"Active" is none of`, []string{"plan", "set", "--org", "acme", "--tier", "starter", "--status", "Active"}},
+		{"has no subscription", []string{"plan", "show", "--org", "acme"}},
+		{"no answer from PostgreSQL", []string{"keys", "list", "--org", "acme", "--database-url", "postgres://u@127.0.0.1:1/db"}},
+		{"set DATABASE_URL", []string{"keys", "list", "--org", "acme", "--database-url", ""}},
+	} {
+		s.refuse(t, "", c.want, c.args...)
+	}
+	for _, c := range []struct {
+		want string
+		args []string
+	}{
+		{"--org is missing", []string{"keys", "create"}},
+		{"--id is missing", []string{"keys", "delete", "--org", "acme"}},
+		{"nothing to set", []string{"plan", "set", "--org", "acme"}},
+		{"use a time such as", []string{"keys", "create", "--org", "acme", "--expires", "tomorrow"}},
+		{`unexpected argument "now"`, []string{"keys", "list", "--org", "acme", "now"}},
+		{`no command "keys frobnicate"`, []string{"keys", "frobnicate"}},
+		{`no command "keys"`, []string{"keys"}},
+	} {
+		if stdout, stderr, status := s.run(t, "", c.args...); status != 2 || !strings.Contains(stderr, c.want) || stdout != "" {
+			t.Errorf("%q: exit status %d, want 2 and %q\n%s%s", c.args, status, c.want, stdout, stderr)
+		}
+	}
+}
+
+func TestPlanShow(t *testing.T) {
+	s := shell{databaseURL: testservers.PostgresURL(t)}
+	s.must(t, "", "plan", "define", "--tier", "starter", "--api")
+	s.must(t, "", "plan", "set", "--org", "acme", "--tier", "starter", "--ends", "2100-01-01T00:00:00Z")
+	s.must(t, "", "plan", "set", "--org", "acme", "--status", "cancelled") // and nothing else
+	end := time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)
+	got := decode[planJSON](t, s, "", "plan", "show", "--org", "acme")
+	if got.EndsAt == nil || !got.EndsAt.Equal(end) {
+		t.Errorf("ends at %v", got.EndsAt)
+	}
+	got.EndsAt = nil
+	if want := (planJSON{OrgID: "acme", Tier: "starter", Status: "cancelled", APIAccess: true}); got != want {
+		t.Errorf("the plan is %+v, want %+v", got, want)
+	}
+	s.must(t, "", "plan", "set", "--org", "acme", "--status", "active", "--ends", "never")
+	if text := s.must(t, "", "plan", "show", "--org", "acme"); !regexp.MustCompile(`ends +never\nadmits requests +true`).MatchString(text) {
+		t.Errorf("the plan is\n%s", text)
+	}
+}
+
+// TestDoctor: each fault is found, and named.
+func TestDoctor(t *testing.T) {
+	exec := func(t *testing.T, pool *pgxpool.Pool, sql string) {
+		if _, err := pool.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name, sql, check, state, want string
+	}{
+		{"nothing", `SELECT 1`, "", "", ""},
+		{"no migration", `DELETE FROM apikey_migrations`, "schema", stateFault, "not applied: 0001_init.sql"},
+		{"another tool", `DROP TABLE apikey_migrations`, "schema", stateOK, "made by another tool"},
+		{"trigger disabled", `ALTER TABLE api_keys DISABLE TRIGGER apikey_announce_update`, "triggers", stateFault, "api_keys.apikey_announce_update is disabled"},
+		{"trigger missing", `DROP TRIGGER apikey_announce_truncate ON org_plans`, "triggers", stateFault, "org_plans.apikey_announce_truncate is missing"},
+		{
+			"column not announced", `DROP TRIGGER apikey_announce_update ON api_keys; CREATE TRIGGER apikey_announce_update AFTER UPDATE ON api_keys
+			FOR EACH ROW WHEN (OLD.active IS DISTINCT FROM NEW.active) EXECUTE FUNCTION apikey_announce_key()`,
+			"columns", stateFault, "api_keys.expires_at, api_keys.id, api_keys.key_hash, api_keys.org_id",
+		},
+		{"table gone", `ALTER TABLE org_plans RENAME TO o`, "lookups", stateFault, "does not exist"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := shell{databaseURL: testservers.PostgresURL(t)}
+			exec(t, testservers.Pool(t, s.databaseURL), c.sql)
+			stdout, _, status := s.run(t, "", "doctor", "--json")
+			var findings []finding
+			if err := json.Unmarshal([]byte(stdout), &findings); err != nil {
+				t.Fatal(err)
+			}
+			wantStatus := 0
+			if c.state == stateFault {
+				wantStatus = 1
+			}
+			if status != wantStatus {
+				t.Errorf("exit status %d, want %d", status, wantStatus)
+			}
+			i := slices.IndexFunc(findings, func(found finding) bool { return found.Check == c.check })
+			if c.check != "" && (i < 0 || findings[i].State != c.state || !strings.Contains(findings[i].Detail, c.want)) {
+				t.Errorf("%+v, want %s with %q", findings, c.check, c.want)
+			}
+			if c.check == "" && slices.ContainsFunc(findings, func(found finding) bool { return found.State != stateOK }) {
+				t.Errorf("%+v", findings)
+			}
+		})
+	}
+
+	t.Run("Redis", func(t *testing.T) {
+		s := shell{testservers.PostgresURL(t), testservers.StartRedis(t, "--maxmemory", "10mb").URL}
+		if out := s.must(t, "", "doctor"); !strings.Contains(out, "maxmemory-policy is noeviction") || !strings.Contains(out, "SET and GET in") {
+			t.Errorf("doctor says\n%s", out)
+		}
+		s.redisURL = "redis://127.0.0.1:1"
+		if out, _, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(out, "no answer from Redis") {
+			t.Errorf("doctor says %d\n%s", status, out)
+		}
+	})
+	t.Run("PgBouncer", func(t *testing.T) {
+		s := shell{databaseURL: testservers.PgBouncer(t, testservers.PostgresURL(t)) + "&default_query_exec_mode=simple_protocol"}
+		if out, _, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(out, "is a pooler in transaction mode in between?") {
+			t.Errorf("doctor says %d\n%s", status, out)
+		}
+	})
+	t.Run("PostgreSQL away", func(t *testing.T) {
+		if out, _, status := (shell{databaseURL: "postgres://u@127.0.0.1:1/db"}).run(t, "", "doctor"); status != 1 || !strings.Contains(out, "no answer") {
+			t.Errorf("doctor says %d\n%s", status, out)
+		}
+	})
+}
