@@ -54,6 +54,11 @@ func TestCreate(t *testing.T) {
 		if want := (apikey.Key{ID: info.ID, OrgID: "org_1", Active: true, ExpiresAt: k.ExpiresAt}); err != nil || found != want {
 			t.Errorf("Key = %+v, %v, want %+v", found, err, want)
 		}
+		var stored string
+		mustNot(t, pool.QueryRow(t.Context(), `SELECT string_agg(k::text, ' ') FROM api_keys k`).Scan(&stored))
+		if part := partOf(stored, []string{key}); part != "" {
+			t.Errorf("%s is in the database: %s", part, stored)
+		}
 		byID, h, err := s.Find(t.Context(), info.ID)
 		if err != nil || byID != info || h != apikey.HashKey(key) {
 			t.Errorf("Find = %+v, %x, %v", byID, h, err)
