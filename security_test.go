@@ -105,7 +105,7 @@ func TestFailInEveryWay(t *testing.T) {
 		r.Header.Set("Authorization", authorization)
 		org, err := m.Authenticate(r)
 		rec := httptest.NewRecorder()
-		m.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		m.Handler(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			org, _ := apikey.OrgFromContext(r.Context())
 			show(org)
 		})).ServeHTTP(rec, r)

@@ -99,11 +99,11 @@ func (l *load) stop(t testing.TB) {
 	}
 }
 
-// enrolMany makes n organisations in the given states, and returns their keys.
-func enrolMany(t testing.TB, w world, n int, k keyState, p planState) (keys []string) {
+// enrolMany makes n paying organisations with a key each, and returns the keys.
+func enrolMany(t testing.TB, w world, n int, k keyState) (keys []string) {
 	t.Helper()
 	for range n {
-		key, _ := w.enrol(t, k, p)
+		key, _ := w.enrol(t, k, paid)
 		keys = append(keys, key)
 	}
 	return keys
@@ -131,7 +131,7 @@ func TestRedisCluster(t *testing.T) {
 		t.Cleanup(func() { _ = rdb.Close() })
 		replicas = append(replicas, newReplica(w, rdb, secret, &apikey.CacheOptions{MemoryEntries: -1}))
 	}
-	l := startLoad(t, replicas, enrolMany(t, w, 40, live, paid), enrolMany(t, w, 5, deactivated, paid), false)
+	l := startLoad(t, replicas, enrolMany(t, w, 40, live), enrolMany(t, w, 5, deactivated), false)
 	hits := func() uint64 { return sumStats(replicas).RedisHits }
 	grows := func() {
 		before := hits()
@@ -167,7 +167,7 @@ func TestRedisSentinel(t *testing.T) {
 		t.Cleanup(func() { _ = rdb.Close() })
 		replicas = append(replicas, newReplica(w, rdb, secret, &apikey.CacheOptions{MemoryEntries: -1}))
 	}
-	l := startLoad(t, replicas, enrolMany(t, w, 40, live, paid), enrolMany(t, w, 5, deactivated, paid), false)
+	l := startLoad(t, replicas, enrolMany(t, w, 40, live), enrolMany(t, w, 5, deactivated), false)
 	waitFor(t, func() bool { return sumStats(replicas).RedisHits > 100 })
 	master.Crash(t)
 	promoted := testservers.RedisAt(t, standby.URL)
@@ -194,8 +194,8 @@ func TestPostgresRestart(t *testing.T) {
 		own := testservers.Pool(t, pool.Config().ConnString())
 		replicas = append(replicas, watchedReplica(t, own, rdb, secret, &apikey.CacheOptions{MaxStaleness: time.Second}))
 	}
-	good := enrolMany(t, w, 40, live, paid)
-	l := startLoad(t, replicas, good, enrolMany(t, w, 5, deactivated, paid), true)
+	good := enrolMany(t, w, 40, live)
+	l := startLoad(t, replicas, good, enrolMany(t, w, 5, deactivated), true)
 	waitFor(t, func() bool { return replicas[0].ask(good[0]) == admitted })
 
 	server.Crash(t)

@@ -240,7 +240,7 @@ func checkAnnouncements(ctx context.Context, pool *pgxpool.Pool) (state, detail 
 	if err != nil {
 		return "", "", err
 	}
-	defer listener.Close(context.WithoutCancel(ctx)) //nolint:errcheck // it has served
+	defer listener.Close(context.WithoutCancel(ctx))
 	if _, err := listener.Exec(ctx, "LISTEN "+channel); err != nil {
 		return "", "", err
 	}
