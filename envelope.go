@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -90,22 +91,26 @@ func init() {
 	}
 }
 
-// body is the envelope as compact JSON.
-func (e *Error) body() string {
-	type detail struct {
+// An envelope is the body of an error.
+type envelope struct {
+	Success       bool      `json:"success"`
+	StatusCode    int       `json:"statusCode"`
+	StatusMessage string    `json:"statusMessage"`
+	Data          *struct{} `json:"data"`
+	Error         struct {
 		Message string `json:"message"`
 		Code    string `json:"code"`
-	}
+	} `json:"error"`
+}
+
+// body is the envelope as compact JSON.
+func (e *Error) body() string {
+	v := envelope{StatusCode: e.StatusCode, StatusMessage: e.StatusMessage}
+	v.Error.Message, v.Error.Code = e.Message, e.Code
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
-	_ = enc.Encode(struct { // cannot fail: nothing but strings and an int
-		Success       bool      `json:"success"`
-		StatusCode    int       `json:"statusCode"`
-		StatusMessage string    `json:"statusMessage"`
-		Data          *struct{} `json:"data"`
-		Error         detail    `json:"error"`
-	}{false, e.StatusCode, e.StatusMessage, nil, detail{e.Message, e.Code}})
+	_ = enc.Encode(v) // cannot fail: nothing but strings and an int
 	return string(bytes.TrimSuffix(b.Bytes(), []byte("\n")))
 }
 
@@ -158,6 +163,30 @@ func challenge(e *Error, realm string) string {
 		c += `, error="invalid_token"`
 	}
 	return c
+}
+
+// maxErrorBody is how much of an answer ErrorFromResponse reads, in bytes.
+const maxErrorBody = 64 << 10
+
+// ErrorFromResponse returns the error that an answer of the API holds, for its
+// clients: nil for a status below 400, an [*Error] if the body is the envelope, and
+// some other error if it is not, as from a proxy on the way. It reads the body, up to
+// 64 KiB, and leaves it to the caller to close.
+//
+//	if err := apikey.ErrorFromResponse(resp); errors.Is(err, apikey.ErrPlanExpired) {
+func ErrorFromResponse(resp *http.Response) error {
+	if resp.StatusCode < 400 {
+		return nil
+	}
+	var e envelope
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody))
+	if err != nil {
+		return fmt.Errorf("apikey: reading an answer with status %d: %w", resp.StatusCode, err)
+	}
+	if err := json.Unmarshal(body, &e); err != nil || e.Success || e.Error.Code == "" {
+		return fmt.Errorf("apikey: an answer with status %d that is not the error envelope", resp.StatusCode)
+	}
+	return &Error{resp.StatusCode, e.StatusMessage, e.Error.Message, e.Error.Code}
 }
 
 const defaultRealm = "api"
