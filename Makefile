@@ -1,6 +1,6 @@
 # 'make test' sets up what is missing and runs everything.
 
-MODULES = . examples
+MODULES = . examples otel
 LINT    = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 FUZZ    = FuzzBearerKey:. FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
 FUZZTIME = 50000x
