@@ -2,13 +2,17 @@ package apikey_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
+	"os/signal"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -167,4 +171,149 @@ func ExampleKeyStoreFunc() {
 	})
 	plans := apikey.NewPostgresPlanStore(pool)
 	_ = apikey.New(keys, plans, nil)
+}
+
+// A client of the API tells errors apart by their codes.
+func ExampleErrorFromResponse() {
+	keys, plans := exampleStores()
+	server := httptest.NewServer(apikey.New(keys, plans, nil).Handler(http.NotFoundHandler()))
+	defer server.Close()
+
+	resp, err := http.Get(server.URL)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer resp.Body.Close()
+	switch err := apikey.ErrorFromResponse(resp); {
+	case errors.Is(err, apikey.ErrPlanExpired):
+		fmt.Println("upgrade")
+	case errors.Is(err, apikey.ErrUnavailable):
+		fmt.Println("try again")
+	default:
+		fmt.Println(err)
+	}
+	// Output: AUTHORIZATION_HEADER_MISSING: Authorization header is missing
+}
+
+// Plans that another service knows: a status of 404 is an answer, all else that is
+// not one is an outage.
+func ExamplePlanStoreFunc() {
+	plans := apikey.PlanStoreFunc(func(ctx context.Context, orgID string) (plan apikey.Plan, err error) {
+		r, err := http.NewRequestWithContext(ctx, "GET", "http://billing.internal/plans/"+url.PathEscape(orgID), nil)
+		if err != nil {
+			return plan, err
+		}
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			return plan, err
+		}
+		defer resp.Body.Close()
+		switch resp.StatusCode {
+		case http.StatusOK:
+			return plan, json.NewDecoder(resp.Body).Decode(&plan)
+		case http.StatusNotFound:
+			return plan, apikey.ErrNotFound
+		}
+		return plan, fmt.Errorf("billing answers %s", resp.Status)
+	})
+	keys, _ := exampleStores()
+	_ = apikey.New(keys, plans, nil)
+}
+
+func ExamplePlan_AllowsAPI() {
+	plan := apikey.Plan{
+		Name: "starter", Status: apikey.PlanActive, APIAccess: true, EndsAt: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
+	}
+	fmt.Println(plan.AllowsAPI(plan.EndsAt.Add(-time.Nanosecond)), plan.AllowsAPI(plan.EndsAt))
+	// Output: true false
+}
+
+// A key is made together with what else belongs to it, or not at all. It is shown
+// once.
+func ExamplePostgresKeyStore_Create() {
+	ctx := context.Background()
+	var pool *pgxpool.Pool // the service's own
+	var shown string
+	err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		info, secret, err := apikey.NewPostgresKeyStore(tx).Create(ctx, "org_1", apikey.NewKey{Name: "CI"})
+		if err != nil {
+			return err
+		}
+		shown = secret.Reveal()
+		_, err = tx.Exec(ctx, `INSERT INTO audit (what, key_id) VALUES ('created', $1)`, info.ID)
+		return err
+	})
+	switch {
+	case errors.Is(err, apikey.ErrKeyLimit):
+		fmt.Println("delete some keys first")
+	case err != nil:
+		log.Fatal(err)
+	}
+	fmt.Println(shown)
+}
+
+// The old key lives on for a day, so that clients can change over.
+func ExamplePostgresKeyStore_Rotate() {
+	ctx := context.Background()
+	var pool *pgxpool.Pool // the service's own
+	_, secret, err := apikey.NewPostgresKeyStore(pool).Rotate(ctx, "org_1", "the id of the old key", time.Now().Add(24*time.Hour), apikey.NewKey{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(secret.Reveal())
+}
+
+func ExamplePostgresKeyStore_List() {
+	ctx := context.Background()
+	var pool *pgxpool.Pool // the service's own
+	keys := apikey.NewPostgresKeyStore(pool)
+	for page := (apikey.Page{Limit: 100}); ; {
+		list, next, err := keys.List(ctx, "org_1", page)
+		if err != nil {
+			log.Fatal(err)
+		}
+		for _, k := range list {
+			fmt.Println(k.ID, k.Hint, k.State(time.Now()))
+		}
+		if page.After = next; next == "" {
+			break
+		}
+	}
+}
+
+// What billing does when an invoice is paid.
+func ExamplePostgresPlanStore_Subscribe() {
+	ctx := context.Background()
+	var pool *pgxpool.Pool // billing's own
+	plans := apikey.NewPostgresPlanStore(pool)
+	if err := plans.Subscribe(ctx, "org_1", "starter", apikey.PlanActive, time.Now().AddDate(0, 1, 0)); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// When keys were last used is written off the request path, and at the end.
+func ExampleNewLastUsed() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	var pool *pgxpool.Pool // the service's own
+	uses := apikey.NewLastUsed(pool, time.Minute)
+	keys, plans := exampleStores()
+	_ = apikey.New(keys, plans, &apikey.Options{LastUsed: uses})
+	if err := uses.Run(ctx); err != nil { // returns when ctx ends
+		log.Print(err)
+	}
+}
+
+// A page for those who look after the service.
+func ExampleCache_Stats() {
+	var cache *apikey.Cache // the service's own
+	http.HandleFunc("GET /internal/apikey", func(w http.ResponseWriter, _ *http.Request) {
+		stats := cache.Stats()
+		if !stats.FeedLive {
+			fmt.Fprintln(w, "changes are noticed after MaxStaleness:", stats.FeedErr)
+		}
+		if stats.Unannounced > 0 {
+			fmt.Fprintln(w, "look at the triggers: some changes were not announced")
+		}
+	})
 }

@@ -60,14 +60,19 @@ type outage struct {
 	feedSurvive bool // what is known stays vouched for
 }
 
-func redisOutages() []outage {
-	proxy := func(f testservers.Fault) outage {
-		return outage{
+// networkOutages are what can become of the way to a server.
+func networkOutages(way func(*rig) *testservers.Proxy) (list []outage) {
+	for _, f := range []testservers.Fault{testservers.Down, testservers.Frozen, testservers.Slow, testservers.Reset} {
+		list = append(list, outage{
 			name:  string(f),
-			begin: func(t testing.TB, rg *rig) { rg.redis.Set(t, f) },
-			end:   func(t testing.TB, rg *rig) { rg.redis.Set(t, testservers.Healthy) },
-		}
+			begin: func(t testing.TB, rg *rig) { way(rg).Set(t, f) },
+			end:   func(t testing.TB, rg *rig) { way(rg).Set(t, testservers.Healthy) },
+		})
 	}
+	return list
+}
+
+func redisOutages() []outage {
 	command := func(begin, end []any) (b, e func(testing.TB, *rig)) {
 		do := func(args []any) func(testing.TB, *rig) {
 			return func(t testing.TB, rg *rig) {
@@ -84,20 +89,10 @@ func redisOutages() []outage {
 	full.begin, full.end = command([]any{"CONFIG", "SET", "maxmemory", "1"}, []any{"CONFIG", "SET", "maxmemory", "0"})
 	readOnly := outage{name: "read-only", reads: true}
 	readOnly.begin, readOnly.end = command([]any{"REPLICAOF", "127.0.0.1", "1"}, []any{"REPLICAOF", "NO", "ONE"})
-	return []outage{
-		proxy(testservers.Down), proxy(testservers.Frozen), proxy(testservers.Slow), proxy(testservers.Reset),
-		erroring, full, readOnly,
-	}
+	return append(networkOutages(func(rg *rig) *testservers.Proxy { return rg.redis }), erroring, full, readOnly)
 }
 
 func postgresOutages() []outage {
-	proxy := func(f testservers.Fault) outage {
-		return outage{
-			name:  string(f),
-			begin: func(t testing.TB, rg *rig) { rg.postgres.Set(t, f) },
-			end:   func(t testing.TB, rg *rig) { rg.postgres.Set(t, testservers.Healthy) },
-		}
-	}
 	sql := func(statement string) func(testing.TB, *rig) {
 		return func(t testing.TB, rg *rig) { mustExec(t, rg.pool, statement) }
 	}
@@ -108,20 +103,18 @@ func postgresOutages() []outage {
 	both := func(a, b func(testing.TB, *rig)) func(testing.TB, *rig) {
 		return func(t testing.TB, rg *rig) { a(t, rg); b(t, rg) }
 	}
-	return []outage{
-		proxy(testservers.Down), proxy(testservers.Frozen), proxy(testservers.Slow), proxy(testservers.Reset),
-		{
+	return append(networkOutages(func(rg *rig) *testservers.Proxy { return rg.postgres }),
+		outage{
 			name: "erroring", feedSurvive: true,
 			begin: sql(`ALTER TABLE api_keys RENAME TO a; ALTER TABLE org_plans RENAME TO o`),
 			end:   sql(`ALTER TABLE a RENAME TO api_keys; ALTER TABLE o RENAME TO org_plans`),
 		},
-		{
+		outage{
 			name: "read-only", reads: true, feedSurvive: true,
 			begin: both(sql(`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$`), endSessions),
 			end: both(sql(`SET default_transaction_read_only = off;
 				DO $$ BEGIN EXECUTE format('ALTER DATABASE %I RESET default_transaction_read_only', current_database()); END $$`), endSessions),
-		},
-	}
+		})
 }
 
 // A kind of key, and how it comes to be that.

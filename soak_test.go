@@ -34,7 +34,8 @@ type timeline struct {
 	changes []soakChange
 }
 
-// A soakChange was committed at some time from begin to end.
+// A soakChange was committed at some time from begin to end; zero: is being
+// committed.
 type soakChange struct {
 	good       bool
 	begin, end time.Time
@@ -50,8 +51,11 @@ func (tl *timeline) last(good bool, until time.Time) (last time.Time) {
 			continue
 		}
 		last = until
-		if i+1 < len(tl.changes) && tl.changes[i+1].end.Before(until) {
-			last = tl.changes[i+1].end
+		if i+1 == len(tl.changes) {
+			continue
+		}
+		if end := tl.changes[i+1].end; !end.IsZero() && end.Before(until) {
+			last = end
 		}
 	}
 	return last
@@ -183,16 +187,15 @@ func (s *soak) change(ctx context.Context, subject *soakSubject) error {
 	default:
 		sql = `UPDATE api_keys SET active = false WHERE org_id = $1`
 	}
-	c := soakChange{good: good, begin: time.Now()}
-	if _, err := s.pool.Exec(ctx, sql, args...); err != nil {
-		return err
-	}
-	c.end = time.Now()
+	tl.mu.Lock() // before it is made: replicas may hear of it before Exec returns
+	tl.changes = append(tl.changes, soakChange{good: good, begin: time.Now()})
+	tl.mu.Unlock()
+	_, err := s.pool.Exec(ctx, sql, args...)
 	tl.mu.Lock()
-	defer tl.mu.Unlock()
-	tl.changes = append(tl.changes, c)
+	tl.changes[len(tl.changes)-1].end = time.Now()
+	tl.mu.Unlock()
 	s.changes.Add(1)
-	return nil
+	return err
 }
 
 // breakSomething breaks something for a while, and mends it.
@@ -205,6 +208,9 @@ func (s *soak) breakSomething(t *testing.T) {
 	kinds := []testservers.Fault{testservers.Down, testservers.Frozen, testservers.Slow, testservers.Reset}
 	fault := kinds[rand.IntN(len(kinds))]
 	what := rand.IntN(8)
+	if what == 3 || what == 7 {
+		hit = s.replicas
+	}
 	touchesPostgres := what < 4
 	for _, r := range hit {
 		r.mu.Lock()
@@ -225,16 +231,15 @@ func (s *soak) breakSomething(t *testing.T) {
 	case 2:
 		set(fault, fault)
 		lasts()
-	case 3: // all sessions but this one
+	case 3: // the sessions of all replicas
 		mustExec(t, s.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-			WHERE datname = current_database() AND client_addr IS NOT NULL OR query LIKE 'LISTEN%'`)
+			WHERE datname = current_database() AND application_name = 'replica'`)
 	case 4, 5:
 		set(testservers.Healthy, fault)
 		lasts()
 	case 6:
 		_ = s.redisCli.FlushAll(t.Context()).Err()
 	case 7:
-		hit = s.replicas
 		s.redis.Crash(t)
 		lasts()
 		s.redis.Start(t)
@@ -261,14 +266,14 @@ func TestSoak(t *testing.T) {
 		var pgURL, redisURL string
 		pgURL, r.postgres = testservers.ProxyPostgres(t, s.pool.Config().ConnString())
 		redisURL, r.redis = testservers.ProxyRedis(t, s.redis.URL)
-		r.replica = watchedReplica(t, testservers.Pool(t, pgURL), testservers.RedisAt(t, redisURL), secret,
+		r.replica = watchedReplica(t, testservers.Pool(t, pgURL+"&application_name=replica"), testservers.RedisAt(t, redisURL), secret,
 			&apikey.CacheOptions{MaxStaleness: soakStaleness})
 		s.replicas = append(s.replicas, r)
 	}
 	for range subjects {
 		before := time.Now()
 		apiKey, org := s.enrol(t, live, paid)
-		born := []soakChange{{false, time.Time{}, time.Time{}}, {true, before, time.Now()}}
+		born := []soakChange{{false, time.Time{}, before}, {true, before, time.Now()}}
 		s.subjects = append(s.subjects, &soakSubject{
 			apiKey: apiKey, hash: apikey.HashKey(apiKey), orgID: org.ID,
 			key: timeline{changes: born}, plan: timeline{changes: append([]soakChange(nil), born...)},

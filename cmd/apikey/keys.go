@@ -54,14 +54,25 @@ func toJSON(k apikey.KeyInfo, secret apikey.Secret) keyJSON {
 	}
 }
 
-// newKeyFlags are the flags of commands that make keys.
-func newKeyFlags(f *flagSet) func() (apikey.NewKey, error) {
-	name := f.String("name", "", "a `name` for people")
+// A keyMaker is the flags of a command that makes keys.
+type keyMaker struct {
+	*flagSet
+	databaseURL, org, name *string
+}
+
+func newKeyMaker(a *app, command string) keyMaker {
+	f := newFlags(a, command)
 	f.String("expires", "never", "`when` the key ends: a time, a duration from now, or never")
-	return func() (apikey.NewKey, error) {
-		at, err := f.instant("expires")
-		return apikey.NewKey{Name: *name, ExpiresAt: at}, err
+	f.jsonOutput()
+	return keyMaker{f, f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation"), f.String("name", "", "a `name` for people")}
+}
+
+func (m keyMaker) parseKey(args []string) (apikey.NewKey, error) {
+	if err := m.parse(args); err != nil {
+		return apikey.NewKey{}, err
 	}
+	at, err := m.instant("expires")
+	return apikey.NewKey{Name: *m.name, ExpiresAt: at}, err
 }
 
 // printNew prints a key that was just made, with its secret.
@@ -75,21 +86,15 @@ func (f *flagSet) printNew(info apikey.KeyInfo, secret apikey.Secret) error {
 }
 
 func keysCreate(ctx context.Context, a *app, args []string) error {
-	f := newFlags(a, "keys create")
-	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	f := newKeyMaker(a, "keys create")
 	test := f.Bool("test", false, "make it say test, not live")
-	newKey := newKeyFlags(f)
-	f.jsonOutput()
-	if err := f.parse(args); err != nil {
-		return err
-	}
-	k, err := newKey()
+	k, err := f.parseKey(args)
 	if err != nil {
 		return err
 	}
 	k.Test = *test
-	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
-		info, secret, err := apikey.NewPostgresKeyStore(pool).Create(ctx, *org, k)
+	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
+		info, secret, err := apikey.NewPostgresKeyStore(pool).Create(ctx, *f.org, k)
 		if err != nil {
 			return err
 		}
@@ -170,23 +175,17 @@ func noSuchKey(org string) error {
 }
 
 func keysRotate(ctx context.Context, a *app, args []string) error {
-	f := newFlags(a, "keys rotate")
-	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	f := newKeyMaker(a, "keys rotate")
 	id := f.must("id", "the `id` of the key to replace, not the key itself")
 	overlap := f.Duration("overlap", 24*time.Hour, "`how long` the old key lives on")
-	newKey := newKeyFlags(f)
-	f.jsonOutput()
-	if err := f.parse(args); err != nil {
-		return err
-	}
-	k, err := newKey()
+	k, err := f.parseKey(args)
 	if err != nil {
 		return err
 	}
-	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
-		info, secret, err := apikey.NewPostgresKeyStore(pool).Rotate(ctx, *org, *id, time.Now().Add(*overlap), k)
+	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
+		info, secret, err := apikey.NewPostgresKeyStore(pool).Rotate(ctx, *f.org, *id, time.Now().Add(*overlap), k)
 		if errors.Is(err, apikey.ErrNotFound) {
-			return noSuchKey(*org)
+			return noSuchKey(*f.org)
 		}
 		if err != nil {
 			return err
@@ -197,20 +196,14 @@ func keysRotate(ctx context.Context, a *app, args []string) error {
 
 // keysImport imports all of its input, or nothing.
 func keysImport(ctx context.Context, a *app, args []string) error {
-	f := newFlags(a, "keys import")
-	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	f := newKeyMaker(a, "keys import")
 	hashed := f.Bool("sha256", false, "the input is the SHA-256 of keys, in hex")
-	newKey := newKeyFlags(f)
-	f.jsonOutput()
-	if err := f.parse(args); err != nil {
-		return err
-	}
-	k, err := newKey()
+	k, err := f.parseKey(args)
 	if err != nil {
 		return err
 	}
 	lines := bufio.NewScanner(a.stdin)
-	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
 		imported := []keyJSON{}
 		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
 			store := apikey.NewPostgresKeyStore(tx)
@@ -219,7 +212,7 @@ func keysImport(ctx context.Context, a *app, args []string) error {
 				if line == "" {
 					continue
 				}
-				info, err := importLine(ctx, store, *org, line, *hashed, k)
+				info, err := importLine(ctx, store, *f.org, line, *hashed, k)
 				if err != nil {
 					return fmt.Errorf("line %d, and nothing was imported: %w", n, err) // without the line: it is a key
 				}
