@@ -105,7 +105,7 @@ func ExampleMiddleware_Authenticate() {
 func ExampleOptions() {
 	logger := slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-			if a.Key == slog.TimeKey {
+			if a.Key == slog.TimeKey || a.Key == "took" { // never the same twice
 				return slog.Attr{}
 			}
 			return a
@@ -121,7 +121,8 @@ func ExampleOptions() {
 			if errors.Is(d.Err, apikey.ErrUnavailable) {
 				level = slog.LevelError
 			}
-			logger.Log(ctx, level, "authentication", "code", d.Code, "org", d.OrgID, "key", d.KeyID, "err", d.Err)
+			logger.Log(ctx, level, "authentication",
+				"code", d.Code, "org", d.OrgID, "key", d.KeyID, "source", d.Source, "took", d.Duration, "err", d.Err)
 		},
 	})
 
@@ -129,7 +130,7 @@ func ExampleOptions() {
 	r.Header.Set("Authorization", "Bearer a-key-issued-elsewhere")
 	auth.Handler(http.NotFoundHandler()).ServeHTTP(httptest.NewRecorder(), r)
 	// Output:
-	// level=ERROR msg=authentication code=SERVICE_UNAVAILABLE org=org_1 key=key_1 err="SERVICE_UNAVAILABLE: Authentication is temporarily unavailable: connection refused"
+	// level=ERROR msg=authentication code=SERVICE_UNAVAILABLE org=org_1 key=key_1 source=store err="SERVICE_UNAVAILABLE: Authentication is temporarily unavailable: connection refused"
 }
 
 // A handler answers with an error of its own, in the same envelope.

@@ -23,16 +23,24 @@ type rig struct {
 	other          replica
 	postgres       *testservers.Proxy
 	redis          *testservers.Proxy
-	redisServer    *redis.Client // past all faults
+	postgresServer *testservers.Server // nil: shared, and not to be killed
+	redisServer    *testservers.Server
+	redisDirect    *redis.Client // past the proxy
 }
 
-func newRig(t testing.TB, opts *apikey.CacheOptions) *rig {
+func newRig(t testing.TB, opts *apikey.CacheOptions, ownPostgres bool) *rig {
 	t.Helper()
-	rg := &rig{postgresWorld: newPostgresWorld(t)}
-	redisURL := testservers.StartRedis(t).URL
-	rg.redisServer = testservers.RedisAt(t, redisURL)
+	rg := &rig{redisServer: testservers.StartRedis(t)}
+	if ownPostgres {
+		rg.postgresServer = testservers.StartPostgres(t)
+		rg.postgresWorld = newPostgresWorldOn(t, testservers.Pool(t, testservers.PostgresURLOn(t, rg.postgresServer)))
+	} else {
+		rg.postgresWorld = newPostgresWorld(t)
+	}
+	redisURL := rg.redisServer.URL
+	rg.redisDirect = testservers.RedisAt(t, redisURL)
 	secret := newSecret()
-	rg.other = newReplica(rg, rg.redisServer, secret, opts)
+	rg.other = newReplica(rg, rg.redisDirect, secret, opts)
 
 	var pgURL string
 	pgURL, rg.postgres = testservers.ProxyPostgres(t, rg.pool.Config().ConnString())
@@ -58,6 +66,7 @@ type outage struct {
 	begin, end  func(t testing.TB, rg *rig)
 	reads       bool // the server answers reads all the same
 	feedSurvive bool // what is known stays vouched for
+	kills       bool // it needs a server of the test's own
 }
 
 // networkOutages are what can become of the way to a server.
@@ -76,7 +85,7 @@ func redisOutages() []outage {
 	command := func(begin, end []any) (b, e func(testing.TB, *rig)) {
 		do := func(args []any) func(testing.TB, *rig) {
 			return func(t testing.TB, rg *rig) {
-				if err := rg.redisServer.Do(t.Context(), args...).Err(); err != nil {
+				if err := rg.redisDirect.Do(t.Context(), args...).Err(); err != nil {
 					t.Error(err)
 				}
 			}
@@ -89,7 +98,17 @@ func redisOutages() []outage {
 	full.begin, full.end = command([]any{"CONFIG", "SET", "maxmemory", "1"}, []any{"CONFIG", "SET", "maxmemory", "0"})
 	readOnly := outage{name: "read-only", reads: true}
 	readOnly.begin, readOnly.end = command([]any{"REPLICAOF", "127.0.0.1", "1"}, []any{"REPLICAOF", "NO", "ONE"})
-	return append(networkOutages(func(rg *rig) *testservers.Proxy { return rg.redis }), erroring, full, readOnly)
+	return append(networkOutages(func(rg *rig) *testservers.Proxy { return rg.redis }), erroring, full, readOnly,
+		outage{
+			name:  "stopped",
+			begin: func(t testing.TB, rg *rig) { rg.redisServer.Freeze(t) },
+			end:   func(t testing.TB, rg *rig) { rg.redisServer.Thaw(t) },
+		},
+		outage{
+			name:  "killed",
+			begin: func(t testing.TB, rg *rig) { rg.redisServer.Crash(t) },
+			end:   func(t testing.TB, rg *rig) { rg.redisServer.Start(t) },
+		})
 }
 
 func postgresOutages() []outage {
@@ -114,6 +133,14 @@ func postgresOutages() []outage {
 			begin: both(sql(`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$`), endSessions),
 			end: both(sql(`SET default_transaction_read_only = off;
 				DO $$ BEGIN EXECUTE format('ALTER DATABASE %I RESET default_transaction_read_only', current_database()); END $$`), endSessions),
+		},
+		outage{
+			name: "killed", kills: true,
+			begin: func(t testing.TB, rg *rig) { rg.postgresServer.Crash(t) },
+			end: func(t testing.TB, rg *rig) {
+				rg.postgresServer.Start(t)
+				waitFor(t, func() bool { return rg.pool.Ping(t.Context()) == nil }) // the test's own connections
+			},
 		})
 }
 
@@ -181,7 +208,7 @@ func runOutage(t *testing.T, r, p outage) {
 		lasts        = 3 * time.Second
 		patience     = 2 * time.Second // a GET and a lookup each for key and plan take 1.3 s at most; and a busy machine
 	)
-	rg := newRig(t, &apikey.CacheOptions{MaxStaleness: maxStaleness})
+	rg := newRig(t, &apikey.CacheOptions{MaxStaleness: maxStaleness}, p.kills)
 	keys := map[keyKind]string{}
 	for _, k := range keyKinds {
 		switch k {
@@ -195,7 +222,7 @@ func runOutage(t *testing.T, r, p outage) {
 			if k == inRedis {
 				rg.other.wantCode(t, keys[k], admitted)
 				key, plan := rg.other.cache.RedisNames(apikey.HashKey(keys[k]), org.ID)
-				waitFor(t, func() bool { return rg.redisServer.Exists(t.Context(), key, plan).Val() == 2 })
+				waitFor(t, func() bool { return rg.redisDirect.Exists(t.Context(), key, plan).Val() == 2 })
 			}
 			if k == revoked {
 				rg.wantCode(t, keys[k], admitted)

@@ -247,7 +247,7 @@ func publish(t *testing.T, results []result) {
 		fmt.Fprintf(&table, "| %s | %s | %d, %d B | %s/s | %s | %s | %s |\n", r.title(), short(time.Duration(median(r.ns))), r.allocs, r.bytes,
 			count(1e9/median(r.parallelNs)), r.inRedis(), r.statements(), r.works())
 	}
-	fmt.Fprintf(&table, "\n%s, %s/%s, %d cores (%s), servers on the same machine; `make bench`.\nCaches of peers keep a key for %s. %d keys were revoked with each, and watched for %s.\n",
+	fmt.Fprintf(&table, "\n%s, %s/%s, %d cores (%s), servers on the same machine; `make bench`. Caches of peers keep a key for %s. %d keys were revoked with each, and watched for %s.\n",
 		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), cpu(), short(ttl), *revokings, short(*limit))
 
 	readme, err := os.ReadFile("../README.md")
