@@ -427,7 +427,8 @@ func (s *PostgresKeyStore) find(ctx context.Context, column string, value any) (
 // batches, off the request path, to the minute or so. Give it to a [Middleware] by
 // Options.LastUsed, and run it. It is safe for concurrent use.
 //
-// Its role needs UPDATE on api_keys.last_used_at. The triggers announce nothing.
+// Beside what reading keys takes, its role needs SELECT and UPDATE on
+// api_keys.last_used_at. The triggers announce nothing.
 type LastUsed struct {
 	db   DB
 	uses *lastused.Uses

@@ -227,4 +227,27 @@ func TestReaderRole(t *testing.T) {
 			t.Errorf("%s: %v, want permission denied", sql, err)
 		}
 	}
+
+	// What recording last uses takes, on top of that.
+	apiKey, org = w.enrol(t, live, paid)
+	record := func() error {
+		uses := apikey.NewLastUsed(pool, 0)
+		auth := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{LastUsed: uses}), nil}
+		auth.wantCode(t, apiKey, admitted)
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		return uses.Run(ended)
+	}
+	if err := record(); err == nil || !strings.Contains(err.Error(), "permission denied") {
+		t.Errorf("recording a use: %v, want permission denied", err)
+	}
+	grant := regexp.MustCompile("`(GRANT SELECT \\(last_used_at\\)[^`]*)`").FindSubmatch(readme)
+	if grant == nil {
+		t.Fatal("the README does not say what recording last uses takes")
+	}
+	mustExec(t, w.pool, string(grant[1])+" TO "+role)
+	mustNot(t, record())
+	if info, _, err := w.Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
+		t.Errorf("last used %v, %v", info.LastUsedAt, err)
+	}
 }
