@@ -159,26 +159,39 @@ func (r replica) wantCode(t *testing.T, apiKey, want string) {
 	}
 }
 
+// fillRedis asks for a key until Redis holds the records of it. A single SET may
+// fail, when the machine is busy for longer than its budget.
+func fillRedis(t testing.TB, w world, rdb *redis.Client, secret []byte, apiKey, orgID string) (keyName, planName string) {
+	t.Helper()
+	r := newReplica(w, rdb, secret, &apikey.CacheOptions{MemoryEntries: -1})
+	keyName, planName = r.cache.RedisNames(apikey.HashKey(apiKey), orgID)
+	waitFor(t, func() bool {
+		r.ask(apiKey)
+		return rdb.Exists(context.WithoutCancel(t.Context()), keyName, planName).Val() == 2
+	})
+	return keyName, planName
+}
+
 // TestCacheLayers: a key is read from the store once, a second replica finds it
 // in Redis, and from then on memory answers.
 func TestCacheLayers(t *testing.T) {
 	w, rdb, secret := newPostgresWorld(t), testservers.Redis(t), newSecret()
 	apiKey, org := w.enrol(t, live, paid)
-	first, second := newReplica(w, rdb, secret, nil), newReplica(w, rdb, secret, nil)
+	first := newReplica(w, rdb, secret, nil)
 	for range 3 {
 		first.wantCode(t, apiKey, admitted)
 	}
-	if got, want := first.cache.Stats(), (apikey.CacheStats{RedisMisses: 2, StoreReads: 2}); got != want {
-		t.Errorf("the first replica did %+v, want %+v", got, want)
+	if got := first.cache.Stats(); got.StoreReads != 2 || got.RedisHits != 0 || got.StoreErrors != 0 {
+		t.Errorf("the first replica did %+v, want 2 lookups", got)
 	}
-	key, plan := first.cache.RedisNames(apikey.HashKey(apiKey), org.ID)
-	waitFor(t, func() bool { return rdb.Exists(t.Context(), key, plan).Val() == 2 })
-	for range 3 {
-		second.wantCode(t, apiKey, admitted)
-	}
-	if got, want := second.cache.Stats(), (apikey.CacheStats{RedisHits: 2}); got != want {
-		t.Errorf("the second replica did %+v, want %+v", got, want)
-	}
+	key, plan := fillRedis(t, w, rdb, secret, apiKey, org.ID)
+	waitFor(t, func() bool { // a GET may fail, when the machine is busy for longer than its budget
+		second := newReplica(w, rdb, secret, nil)
+		for range 3 {
+			second.wantCode(t, apiKey, admitted)
+		}
+		return second.cache.Stats() == apikey.CacheStats{RedisHits: 2}
+	})
 	for _, name := range []string{key, plan} {
 		if ttl := rdb.PTTL(t.Context(), name).Val(); ttl <= 14*time.Minute || ttl > 15*time.Minute {
 			t.Errorf("%s lives for %v, want StaleIfError", name, ttl)
@@ -189,7 +202,7 @@ func TestCacheLayers(t *testing.T) {
 // waitFor waits for what happens in the background.
 func waitFor(t testing.TB, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !condition(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("waited in vain")
 		}
@@ -223,8 +236,7 @@ func TestRecords(t *testing.T) {
 			if where == "Redis" && r.cache.Stats() != (apikey.CacheStats{RedisHits: 2}) {
 				t.Errorf("the second time: %+v", r.cache.Stats())
 			}
-			keyName, planName := r.cache.RedisNames(apikey.HashKey(apiKey), key.OrgID)
-			waitFor(t, func() bool { return server.Exists(keyName) && server.Exists(planName) })
+			fillRedis(t, w, rdb, secret, apiKey, key.OrgID)
 		}
 	}
 }
@@ -419,9 +431,7 @@ func TestForgery(t *testing.T) {
 	keyName, planName := names(apiKey, org)
 	revokedName, revokedPlan := names(revokedKey, revokedOrg)
 
-	filler := newReplica(w, rdb, secret, nil)
-	filler.wantCode(t, apiKey, admitted)
-	waitFor(t, func() bool { return rdb.Exists(t.Context(), keyName, planName).Val() == 2 })
+	fillRedis(t, w, rdb, secret, apiKey, org.ID)
 	goodKey, _ := rdb.Get(t.Context(), keyName).Bytes()
 	goodPlan, _ := rdb.Get(t.Context(), planName).Bytes()
 	put := func(name string, value []byte) {

@@ -190,6 +190,7 @@ func TestJoinedFlight(t *testing.T) {
 type fleet struct {
 	*postgresWorld
 	rdb      *redis.Client
+	secret   []byte
 	replicas []replica
 	pools    []*pgxpool.Pool
 }
@@ -197,8 +198,7 @@ type fleet struct {
 // newFleet starts n replicas and waits until their feeds are live.
 func newFleet(t testing.TB, n int, opts *apikey.CacheOptions, configure ...func(*pgxpool.Config)) *fleet {
 	t.Helper()
-	f := &fleet{postgresWorld: newPostgresWorld(t), rdb: testservers.Redis(t)}
-	secret := newSecret()
+	f := &fleet{postgresWorld: newPostgresWorld(t), rdb: testservers.Redis(t), secret: newSecret()}
 	for range n {
 		config := f.pool.Config()
 		for _, c := range configure {
@@ -209,7 +209,7 @@ func newFleet(t testing.TB, n int, opts *apikey.CacheOptions, configure ...func(
 			t.Fatal(err)
 		}
 		t.Cleanup(pool.Close)
-		cache := apikey.NewCache(f.rdb, secret, opts)
+		cache := apikey.NewCache(f.rdb, f.secret, opts)
 		watch(t, cache, pool)
 		keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
 		f.replicas = append(f.replicas, replica{apikey.New(keys, plans, nil), cache})
@@ -535,8 +535,7 @@ func TestRecordsFromRedisAreJudged(t *testing.T) {
 	f := newFleet(t, 2, &apikey.CacheOptions{MaxStaleness: time.Minute})
 	apiKey, org := f.enrol(t, live, paid)
 	f.replicas[0].wantCode(t, apiKey, admitted)
-	name, _ := f.replicas[0].cache.RedisNames(apikey.HashKey(apiKey), org.ID)
-	waitFor(t, func() bool { return f.rdb.Exists(t.Context(), name).Val() == 1 })
+	name, _ := fillRedis(t, f, f.rdb, f.secret, apiKey, org.ID)
 	stale, err := f.rdb.Get(t.Context(), name).Bytes()
 	if err != nil {
 		t.Fatal(err)
