@@ -1,12 +1,13 @@
 # 'make test' sets up what is missing and runs everything.
 
-MODULES = . examples otel bench
-LINT    = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
-FUZZ    = FuzzBearerKey:. FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
+MODULES  = . examples otel bench
+LINT     = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+FUZZ     = FuzzBearerKey:. FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
 FUZZTIME = 50000x
 
-SOAK    = 2m
-FLOOD   = 1000000
+SOAK     = 2m
+FLOOD    = 1000000
+COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m
 
 .PHONY: test servers lint fuzz soak flood bench demo
 
@@ -32,10 +33,10 @@ soak: servers
 flood: servers
 	go test -count=1 -run='^TestFlood$$' -flood.keys=$(FLOOD) -timeout=0 -v .
 
-# Benchmarks of the package, then of its peers beside it, into the README.
+# Benchmarks of the package, then of its peers beside it: with -write, into the README.
 bench: servers
 	go test -run='^$$' -bench=. -benchmem .
-	cd bench && go test -count=1 -run='^TestCompare$$' -write -cold=500 -stampede=1000 -revokings=20 -limit=1m -timeout=0 -v .
+	cd bench && go test -count=1 -run='^TestCompare$$' $(COMPARE) -timeout=0 -v .
 
 demo:
 	go run ./cmd/apikey demo

@@ -193,7 +193,12 @@ var peers = []peer{
 			ctx, cancel := context.WithCancel(context.Background())
 			done := make(chan error)
 			go func() { done <- cache.Watch(ctx, pool) }()
-			t.Cleanup(func() { cancel(); <-done })
+			t.Cleanup(func() {
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			})
 			for deadline := time.Now().Add(10 * time.Second); !cache.Stats().FeedLive; time.Sleep(time.Millisecond) {
 				if time.Now().After(deadline) {
 					t.Fatal(cache.Stats().FeedErr)

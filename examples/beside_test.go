@@ -62,11 +62,11 @@ var errRateLimited = &apikey.Error{
 // withRateLimit is a service in which each organisation has so many requests a
 // minute, by however many keys.
 func withRateLimit(auth *apikey.Middleware, mux http.Handler, requests int) http.Handler {
-	limit := httprate.Limit(requests, time.Minute,
-		httprate.WithKeyFuncs(func(r *http.Request) (string, error) {
+	limit := httprate.LimitBy(requests, time.Minute,
+		func(r *http.Request) (string, error) {
 			org, _ := apikey.OrgFromContext(r.Context())
 			return org.ID, nil
-		}),
+		},
 		httprate.WithLimitHandler(func(w http.ResponseWriter, r *http.Request) { apikey.WriteError(w, r, errRateLimited) }))
 	return auth.Handler(limit(mux))
 }
