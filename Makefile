@@ -19,7 +19,7 @@ servers:
 	.ci/install
 
 lint:
-	test -z "$$(gofmt -l . | tee /dev/stderr)"
+	unformatted=$$(gofmt -l .); echo "$$unformatted"; test -z "$$unformatted"
 	set -e; for module in $(MODULES); do (cd $$module && go mod tidy -diff && $(LINT) run --config $(CURDIR)/.golangci.yml ./...); done
 
 fuzz:
