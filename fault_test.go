@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
@@ -46,17 +45,6 @@ func newRig(t testing.TB, opts *apikey.CacheOptions, ownPostgres bool) *rig {
 	redisURL, rg.redis = testservers.ProxyRedis(t, redisURL)
 	rg.replica = watchedReplica(t, testservers.Pool(t, pgURL), testservers.RedisAt(t, redisURL), rg.secret, opts)
 	return rg
-}
-
-// watchedReplica is a replica on a pool of its own that follows changes, and is
-// known to.
-func watchedReplica(t testing.TB, pool *pgxpool.Pool, rdb redis.UniversalClient, secret []byte, opts *apikey.CacheOptions) replica {
-	t.Helper()
-	cache := apikey.NewCache(rdb, secret, opts)
-	watch(t, cache, pool)
-	keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
-	waitFor(t, func() bool { return cache.Stats().FeedLive })
-	return replica{apikey.New(keys, plans, nil), cache}
 }
 
 // An outage breaks a server of a rig, and mends it again.

@@ -8,7 +8,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -32,12 +31,6 @@ func TestHashKey(t *testing.T) {
 func TestConformance(t *testing.T) {
 	pool := testservers.Postgres(t)
 	mustExec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false)`)
-	orNull := func(at time.Time) *time.Time {
-		if at.IsZero() {
-			return nil
-		}
-		return &at
-	}
 	apikeytest.TestKeyStore(t, apikeytest.Keys{
 		Store: apikey.NewPostgresKeyStore(pool),
 		Put: func(t *testing.T, h apikey.KeyHash, k apikey.Key) (id string) {

@@ -40,22 +40,21 @@ type version struct {
 }
 
 // announced returns the number of the last version whose transaction the replica
-// has been told of, and whether an absent one has followed since.
-func (s *subject) announced(cache *apikey.Cache) (number int, absentSince bool) {
+// has been told of, or 0.
+func (s *subject) announced(cache *apikey.Cache) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := len(s.versions) - 1; i >= 0; i-- {
 		v := s.versions[i]
-		absentSince = absentSince || v.absent
 		before, err := snapshot.Parse(fmt.Sprintf("%d:%d:", v.xid, v.xid)) // has seen all but v
 		if err != nil {
 			panic(err)
 		}
 		if cache.Log().Refuted(keyTopic(s.hash), before) {
-			return v.number, absentSince
+			return v.number
 		}
 	}
-	return 0, absentSince
+	return 0
 }
 
 // A history is a run of writers and readers, and what was wrong.
@@ -148,7 +147,7 @@ func (h *history) change(ctx context.Context, tx pgx.Tx, s *subject) (version, e
 
 // use asks a replica for s and judges the answer.
 func (h *history) use(ctx context.Context, keys apikey.KeyStore, cache *apikey.Cache, s *subject) {
-	announced, _ := s.announced(cache)
+	announced := s.announced(cache)
 	key, err := keys.Key(ctx, s.hash)
 	h.uses.Add(1)
 	wrong := ""

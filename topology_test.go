@@ -21,22 +21,21 @@ import (
 
 // A load asks replicas for keys, over and over.
 type load struct {
-	mu       sync.Mutex
-	answers  map[string]int
-	wrong    map[string]int
-	slowest  time.Duration
-	replicas []replica
-	keys     []string
-	allowed  map[string][]string // answers, by key
-	cancel   context.CancelFunc
-	workers  sync.WaitGroup
+	mu      sync.Mutex
+	answers map[string]int
+	wrong   map[string]int
+	slowest time.Duration
+	keys    []string
+	allowed map[string][]string // answers, by key
+	cancel  context.CancelFunc
+	workers sync.WaitGroup
 }
 
 // startLoad begins to ask for good keys, which must be admitted, and for dead
 // ones. Where outage is true, the dead may also be answered SERVICE_UNAVAILABLE.
 func startLoad(t testing.TB, replicas []replica, good, bad []string, outage bool) *load {
 	t.Helper()
-	l := &load{answers: map[string]int{}, wrong: map[string]int{}, replicas: replicas, allowed: map[string][]string{}}
+	l := &load{answers: map[string]int{}, wrong: map[string]int{}, allowed: map[string][]string{}}
 	for _, key := range good {
 		l.allowed[key] = []string{admitted}
 	}

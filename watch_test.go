@@ -192,7 +192,6 @@ type fleet struct {
 	rdb      *redis.Client
 	secret   []byte
 	replicas []replica
-	pools    []*pgxpool.Pool
 }
 
 // newFleet starts n replicas and waits until their feeds are live.
@@ -209,16 +208,20 @@ func newFleet(t testing.TB, n int, opts *apikey.CacheOptions, configure ...func(
 			t.Fatal(err)
 		}
 		t.Cleanup(pool.Close)
-		cache := apikey.NewCache(f.rdb, f.secret, opts)
-		watch(t, cache, pool)
-		keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
-		f.replicas = append(f.replicas, replica{apikey.New(keys, plans, nil), cache})
-		f.pools = append(f.pools, pool)
-	}
-	for _, r := range f.replicas {
-		waitFor(t, func() bool { return r.cache.Stats().FeedLive })
+		f.replicas = append(f.replicas, watchedReplica(t, pool, f.rdb, f.secret, opts))
 	}
 	return f
+}
+
+// watchedReplica is a replica on a pool of its own that follows changes, and is
+// known to.
+func watchedReplica(t testing.TB, pool *pgxpool.Pool, rdb redis.UniversalClient, secret []byte, opts *apikey.CacheOptions) replica {
+	t.Helper()
+	cache := apikey.NewCache(rdb, secret, opts)
+	watch(t, cache, pool)
+	keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
+	waitFor(t, func() bool { return cache.Stats().FeedLive })
+	return replica{apikey.New(keys, plans, nil), cache}
 }
 
 // watch watches until the test ends.

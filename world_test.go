@@ -219,6 +219,14 @@ func mustExec(t testing.TB, pool *pgxpool.Pool, sql string, args ...any) {
 	}
 }
 
+// orNull maps the zero time to NULL.
+func orNull(at time.Time) *time.Time {
+	if at.IsZero() {
+		return nil
+	}
+	return &at
+}
+
 func (w *postgresWorld) enrol(t testing.TB, k keyState, p planState) (string, apikey.Org) {
 	t.Helper()
 	apiKey := keyformat.New(keyformat.Live)
@@ -229,13 +237,9 @@ func (w *postgresWorld) enrol(t testing.TB, k keyState, p planState) (string, ap
 		if p == downgraded { // the way there counts too
 			mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, org.ID)
 		}
-		var endsAt *time.Time
-		if !plan.EndsAt.IsZero() {
-			endsAt = &plan.EndsAt
-		}
 		mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status, ends_at) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (org_id) DO UPDATE SET plan = excluded.plan, status = excluded.status, ends_at = excluded.ends_at`,
-			org.ID, plan.Name, plan.Status, endsAt)
+			org.ID, plan.Name, plan.Status, orNull(plan.EndsAt))
 		org.Plan = plan
 	}
 	if k == unknown {

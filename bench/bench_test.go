@@ -114,7 +114,7 @@ func (r *result) measure(t *testing.T, e *environment) {
 		t.Fatal("a bad key is admitted")
 	}
 	if r.redis {
-		r.measureRedis(t, e, r.warm)
+		r.measureRedis(t, e)
 	}
 	if r.store {
 		r.measureStampede(t, e)
@@ -159,13 +159,13 @@ func median(values []float64) float64 {
 }
 
 // measureRedis has one instance fill Redis, and another find it there.
-func (r *result) measureRedis(t *testing.T, e *environment, warm instance) {
+func (r *result) measureRedis(t *testing.T, e *environment) {
 	cold := r.prepare(t, e, next)
 	var requests []*http.Request
 	for range *coldKeys {
 		key, _ := e.newKey(t)
 		req := cold.request(key)
-		if !warm.admits(req) {
+		if !r.warm.admits(req) {
 			t.Fatal("a good key is refused")
 		}
 		requests = append(requests, req)

@@ -170,11 +170,6 @@ func guard(next http.Handler, find func(ctx context.Context, key string) (orgID 
 	})
 }
 
-func redisClient(t testing.TB, url string) *redis.Client {
-	t.Helper()
-	return testservers.RedisAt(t, url)
-}
-
 // secret is that of all caches of apikey.
 var secret = []byte("the secret of all caches in this comparison")
 
@@ -189,7 +184,7 @@ var peers = []peer{
 		name: "apikey", module: "github.com/trackpilots/apikey", redis: true, store: true, cached: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
-			cache := apikey.NewCache(redisClient(t, e.redisURL), secret, nil)
+			cache := apikey.NewCache(testservers.RedisAt(t, e.redisURL), secret, nil)
 			ctx, cancel := context.WithCancel(context.Background())
 			done := make(chan error)
 			go func() { done <- cache.Watch(ctx, pool) }()
@@ -232,7 +227,7 @@ var peers = []peer{
 		name: "go-redis/cache with TinyLFU", module: "github.com/go-redis/cache/v9", redis: true, store: true, cached: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
-			cache := rediscache.New(&rediscache.Options{Redis: redisClient(t, e.redisURL), LocalCache: rediscache.NewTinyLFU(10_000, ttl)})
+			cache := rediscache.New(&rediscache.Options{Redis: testservers.RedisAt(t, e.redisURL), LocalCache: rediscache.NewTinyLFU(10_000, ttl)})
 			return instance{Handler: guard(next, func(ctx context.Context, key string) (orgID string, err error) {
 				h := sha256.Sum256([]byte(key))
 				err = cache.Once(&rediscache.Item{
@@ -278,7 +273,7 @@ var peers = []peer{
 		name: "Redis GET, JSON, pgx", module: "github.com/redis/go-redis/v9", redis: true, store: true, cached: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
-			rdb := redisClient(t, e.redisURL)
+			rdb := testservers.RedisAt(t, e.redisURL)
 			type record struct {
 				OrgID string `json:"org_id"`
 			}

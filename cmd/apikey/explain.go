@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
 )
@@ -108,15 +107,10 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 		e.Header = "a Bearer key, well-formed"
 		if e.hash == nil {
 			e.Header = "refused: " + reasonOfHeader(header, verdict)
-		}
-		if e.hash != nil {
-			info, _, err := keys.FindHash(ctx, *e.hash)
-			if err != nil && !errors.Is(err, apikey.ErrNotFound) {
-				return nil, err
-			}
-			if err == nil {
-				e.Key = new(toJSON(info, apikey.Secret{}))
-			}
+		} else if info, _, err := keys.FindHash(ctx, *e.hash); err == nil {
+			e.Key = new(toJSON(info, apikey.Secret{}))
+		} else if !errors.Is(err, apikey.ErrNotFound) {
+			return nil, err
 		}
 	}
 	if e.Key != nil {
@@ -125,7 +119,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 			return nil, err
 		}
 		if err == nil {
-			e.Plan = &planJSON{e.Key.OrgID, p.Name, string(p.Status), p.APIAccess, orNull(p.EndsAt), p.AllowsAPI(time.Now())}
+			e.Plan = new(toPlanJSON(e.Key.OrgID, p))
 		}
 	}
 	refusal, ok := errors.AsType[*apikey.Error](verdict)
@@ -207,7 +201,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL string) error {
 		return err
 	}
 	defer rdb.Close()
-	cache := apikey.NewCache(redis.UniversalClient(rdb), []byte(secret), nil)
+	cache := apikey.NewCache(rdb, []byte(secret), nil)
 	if e.hash != nil {
 		r, err := cache.InspectKey(ctx, *e.hash)
 		if err != nil {

@@ -315,6 +315,10 @@ type planJSON struct {
 	AllowsAPI bool       `json:"allowsApi"`
 }
 
+func toPlanJSON(orgID string, p apikey.Plan) planJSON {
+	return planJSON{orgID, p.Name, string(p.Status), p.APIAccess, orNull(p.EndsAt), p.AllowsAPI(time.Now())}
+}
+
 func planShow(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "plan show")
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
@@ -330,7 +334,7 @@ func planShow(ctx context.Context, a *app, args []string) error {
 		if err != nil {
 			return err
 		}
-		value := planJSON{*org, p.Name, string(p.Status), p.APIAccess, orNull(p.EndsAt), p.AllowsAPI(time.Now())}
+		value := toPlanJSON(*org, p)
 		return f.print(value, func(w io.Writer) {
 			row(w, "tier", p.Name)
 			row(w, "status", p.Status)

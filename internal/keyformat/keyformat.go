@@ -61,7 +61,7 @@ func New(env Environment) string {
 // key that carries our prefix and has the wrong length or checksum; a key without
 // the prefix was issued elsewhere, and nothing is known about its shape.
 func Plausible(key string) bool {
-	if !strings.HasPrefix(key, liveKeyStart) && !strings.HasPrefix(key, testKeyStart) {
+	if !ours(key) {
 		return true
 	}
 	if len(key) != len(liveKeyStart)+bodyLen+checksumLen {
@@ -74,10 +74,15 @@ func Plausible(key string) bool {
 // Hint returns the characters of a key of ours that may be shown, to tell keys
 // apart: 6 of the 43 random ones. For a key without our prefix it returns "".
 func Hint(key string) string {
-	if len(key) != len(liveKeyStart)+bodyLen+checksumLen || !strings.HasPrefix(key, liveKeyStart) && !strings.HasPrefix(key, testKeyStart) {
+	if !ours(key) || len(key) != len(liveKeyStart)+bodyLen+checksumLen {
 		return ""
 	}
 	return key[len(liveKeyStart) : len(liveKeyStart)+hintLen]
+}
+
+// ours reports whether key carries our prefix.
+func ours(key string) bool {
+	return strings.HasPrefix(key, liveKeyStart) || strings.HasPrefix(key, testKeyStart)
 }
 
 // checksum is the CRC-32/IEEE of s in base62, most significant digit first.
