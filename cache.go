@@ -1,55 +1,44 @@
 package apikey
 
-// The read-through cache: memory -> Redis -> store. Facts are kept with the time
-// and the Postgres snapshot they were read in, and judged when they are used, by
-// what has been announced since: see layer.usable. So nothing that arrives late
-// or out of order can do harm, and nothing needs to be deleted.
+// The read-through cache: memory -> Redis -> store, as users see it. How a lookup
+// goes and when its answer may be used is internal/readthrough; what has changed is
+// internal/feed; what is in Redis is internal/shared.
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"reflect"
+	"slices"
 	"sync/atomic"
 	"time"
+	"unique"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
-	"github.com/sony/gobreaker/v2"
-	"golang.org/x/sync/singleflight"
 
+	"github.com/trackpilots/apikey/internal/batch"
+	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/lastused"
+	"github.com/trackpilots/apikey/internal/readthrough"
 	"github.com/trackpilots/apikey/internal/sealed"
-	"github.com/trackpilots/apikey/internal/snapshot"
-	"github.com/trackpilots/apikey/internal/table"
+	"github.com/trackpilots/apikey/internal/shared"
 )
 
 const (
 	minSecretLen = 32
 	minStaleness = 100 * time.Millisecond
-
-	redisBudget  = 50 * time.Millisecond  // for one GET or SET
-	storeBudget  = 500 * time.Millisecond // for one lookup
-	storeSlots   = 8                      // lookups at once
-	slotWait     = 100 * time.Millisecond // for one of them
-	pendingSets  = 64                     // SETs at once; beyond, the record stays in memory only
-	absentSlots  = 1024                   // so a flood of made-up keys takes no memory
-	redisKeyRoot = "apikey:1:"
+	absentKeys   = 1024 // held, so that a flood of made-up keys takes no memory
+	redisKeyRoot = "apikey:2:"
 
 	// A refusal needs better facts than an admission: a customer who has just paid
 	// tries again at once.
 	refusalStaleness = time.Second
-
-	// What fails this often in a row is not asked for a while, and then by one
-	// request at a time, so that an outage does not cost every request its budget.
-	// Of a Redis Cluster one shard may be down, and the others of use.
-	storeBreakAfter = 3
-	redisBreakAfter = 10
-	breakFor        = time.Second
 )
 
 // CacheOptions are the optional parts of a [Cache].
@@ -73,24 +62,95 @@ type CacheOptions struct {
 	// or RefreshAfter if that is more.
 	StaleIfError time.Duration
 
-	// MemoryEntries is the number of keys, and also of plans, that are held in the
-	// process. It is rounded up to a power of two; negative turns the layer off.
-	// Defaults to 32,768.
+	// MemoryEntries is the number of keys that are held in the process, each with its
+	// plan. A key takes about BYTES_PER_KEY bytes, and takes them when it is first used; beyond
+	// the limit, those used least recently go. Negative turns the layer off. Defaults
+	// to 131,072.
 	MemoryEntries int
+
+	// RedisTimeout is the time that Redis has to answer; then the store is asked.
+	// Defaults to 50 ms.
+	RedisTimeout time.Duration
+
+	// StoreTimeout is the time that a request waits for the store, in the queue and
+	// for the answer; then it is [ErrUnavailable]. Defaults to 500 ms.
+	StoreTimeout time.Duration
+
+	// MaxBatches is the number of batches of lookups that a store is asked for at
+	// once, and so of the connections that they take; further lookups wait, and go out
+	// together. A store that cannot batch is asked for four times as many keys at once.
+	// Redis is asked for as many batches. Defaults to 4.
+	MaxBatches int
+
+	// MaxBatchSize is the number of subjects in one batch. Defaults to 256.
+	MaxBatchSize int
+
+	// MaxQueue is the number of lookups that may wait for each store: one half are
+	// for subjects that are known to exist, one half for others. A lookup that finds
+	// its half full is [ErrUnavailable] at once. Defaults to 8192.
+	MaxQueue int
+}
+
+// withDefaults returns o with defaults for what is zero; o may be nil.
+func (o *CacheOptions) withDefaults() CacheOptions {
+	var r CacheOptions
+	if o != nil {
+		r = *o
+	}
+	r.MaxStaleness = cmp.Or(r.MaxStaleness, 10*time.Second)
+	r.RefreshAfter = cmp.Or(r.RefreshAfter, max(5*time.Minute, r.MaxStaleness))
+	r.StaleIfError = cmp.Or(r.StaleIfError, max(15*time.Minute, r.RefreshAfter))
+	r.MemoryEntries = cmp.Or(r.MemoryEntries, 131_072)
+	r.RedisTimeout = cmp.Or(r.RedisTimeout, 50*time.Millisecond)
+	r.StoreTimeout = cmp.Or(r.StoreTimeout, 500*time.Millisecond)
+	r.MaxBatches = cmp.Or(r.MaxBatches, 4)
+	r.MaxBatchSize = cmp.Or(r.MaxBatchSize, 256)
+	r.MaxQueue = cmp.Or(r.MaxQueue, 8192)
+	return r
+}
+
+// check returns what is wrong with o, "" if nothing is.
+func (o CacheOptions) check() string {
+	switch {
+	case o.MaxStaleness < minStaleness:
+		return fmt.Sprintf("MaxStaleness is %v: use at least %v", o.MaxStaleness, minStaleness)
+	case o.RefreshAfter < o.MaxStaleness:
+		return fmt.Sprintf("RefreshAfter is %v: use at least MaxStaleness, %v", o.RefreshAfter, o.MaxStaleness)
+	case o.StaleIfError < o.MaxStaleness:
+		return fmt.Sprintf("StaleIfError is %v: use at least MaxStaleness, %v", o.StaleIfError, o.MaxStaleness)
+	case o.RedisTimeout < time.Millisecond:
+		return fmt.Sprintf("RedisTimeout is %v: use at least 1ms", o.RedisTimeout)
+	case o.StoreTimeout < time.Millisecond:
+		return fmt.Sprintf("StoreTimeout is %v: use at least 1ms", o.StoreTimeout)
+	case o.MaxBatches < 1:
+		return fmt.Sprintf("MaxBatches is %d: use at least 1", o.MaxBatches)
+	case o.MaxBatchSize < 1:
+		return fmt.Sprintf("MaxBatchSize is %d: use at least 1", o.MaxBatchSize)
+	case o.MaxQueue < 2:
+		return fmt.Sprintf("MaxQueue is %d: use at least 2", o.MaxQueue)
+	}
+	return ""
 }
 
 // CacheStats counts what a [Cache] has done since it was made. Memory hits are
 // not among it: a counter that all cores share would cost more than the hit.
 type CacheStats struct {
-	RedisHits     uint64 // answered by a record in Redis
-	RedisMisses   uint64 // no record in Redis that may be used
-	RedisRejected uint64 // of the misses: the value was not sealed by us for its name
-	RedisErrors   uint64 // GET or SET failed or took over 50 ms
-	RedisSkipped  uint64 // GET or SET not sent, since Redis had failed several times in a row
-	StoreReads    uint64 // lookups in a store
-	StoreErrors   uint64 // could not look: the lookup failed, took over 500 ms, or had to wait too long for its turn
-	StoreSkipped  uint64 // lookups not made, since the store had failed several times in a row
-	StaleUses     uint64 // admitted on facts past their time, since the store could not be read
+	RedisHits      uint64 // answered by a record in Redis
+	RedisMisses    uint64 // no record in Redis that may be used, or none could be had
+	RedisRejected  uint64 // of the misses: the value was not sealed by us for its name
+	RedisErrors    uint64 // GET or SET failed or took longer than RedisTimeout
+	RedisSkipped   uint64 // GET or SET not sent, since Redis had failed several times in a row, or too many SETs waited
+	RedisGets      uint64 // GETs that were sent
+	RedisBatches   uint64 // round trips that they took
+	StoreReads     uint64 // subjects that stores were asked for
+	StoreBatches   uint64 // round trips that they took
+	StoreErrors    uint64 // lookups that failed, or took longer than StoreTimeout
+	StoreSkipped   uint64 // lookups not made, since the store had failed several times in a row
+	QueueFull      uint64 // lookups not made, since MaxQueue others waited: for the store, or of Redis, which then counts as a miss
+	QueueTimeouts  uint64 // lookups that waited for longer than their timeout while others were answered
+	StoreBusy      uint64 // lookups for which all connections of the pool were in use
+	StoreAbandoned uint64 // lookups under way in stores that have not returned although their time is over
+	StaleUses      uint64 // admitted on facts past their time, since the store could not be read
 
 	FeedLive      bool   // announcements are known to arrive; false until Watch is under way
 	FeedErr       error  // why the last session of Watch ended, or none began; nil if none was tried
@@ -104,22 +164,25 @@ type CacheStats struct {
 // Redis is not trusted and cannot fail a request: what is slow, missing or not
 // sealed under the secret is a miss. Absent keys and plans are held in the
 // process only, and errors nowhere.
+//
+// What is not in memory is looked up in batches that load makes larger. A lookup
+// sees none of the values of a request's context, since it may serve many requests.
 type Cache struct {
-	rdb                 redis.UniversalClient
-	sealer              *sealed.Sealer
-	log                 *feed.Log
-	watching            atomic.Bool
-	maxStaleness        time.Duration // of facts that admit
-	maxRefusalStaleness time.Duration // of facts that refuse
-	refreshAfter        time.Duration
-	staleIfError        time.Duration
-	redis               *gobreaker.CircuitBreaker[[]byte]
-	slots, sets         chan struct{}
-	keys                *layer[KeyHash, Key]
-	plans               *layer[string, Plan]
+	shared   readthrough.Shared
+	rdb      redis.UniversalClient
+	watching atomic.Bool
+	keys     *readthrough.Layer[KeyHash, keyFacts]
+	plans    *readthrough.Layer[string, Plan]
+}
 
-	redisHits, redisMisses, redisRejected, redisErrors, redisSkipped atomic.Uint64
-	storeReads, storeErrors, storeSkipped, staleUses                 atomic.Uint64
+// keyFacts are what the cache knows of a key: the key, when its use was last
+// recorded, and the record of its organisation's plan, so that a request finds both
+// by one look. The plan's record goes its own way: it is judged by itself, and
+// replaced when it is read again.
+type keyFacts struct {
+	Key
+	plan atomic.Pointer[readthrough.Record[Plan]] // nil: not known
+	used lastused.Mark
 }
 
 // NewCache returns a Cache on rdb, which stays the caller's to close. All replicas
@@ -130,22 +193,7 @@ type Cache struct {
 // The age of a record that another replica read is told by the clocks of both
 // machines, so they should be kept in step (NTP).
 func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cache {
-	var o CacheOptions
-	if opts != nil {
-		o = *opts
-	}
-	if o.MaxStaleness == 0 {
-		o.MaxStaleness = 10 * time.Second
-	}
-	if o.RefreshAfter == 0 {
-		o.RefreshAfter = max(5*time.Minute, o.MaxStaleness)
-	}
-	if o.StaleIfError == 0 {
-		o.StaleIfError = max(15*time.Minute, o.RefreshAfter)
-	}
-	if o.MemoryEntries == 0 {
-		o.MemoryEntries = 32_768
-	}
+	o := opts.withDefaults()
 	switch {
 	case isNil(rdb):
 		panic("apikey: NewCache: rdb is nil: pass a Redis client")
@@ -154,62 +202,49 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 			"without it the client ignores deadlines, and a frozen Redis holds up requests for seconds")
 	case len(secret) < minSecretLen:
 		panic(fmt.Sprintf("apikey: NewCache: the secret has %d bytes: use at least %d random ones", len(secret), minSecretLen))
-	case o.MaxStaleness < minStaleness:
-		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.MaxStaleness is %v: use at least %v", o.MaxStaleness, minStaleness))
-	case o.RefreshAfter < o.MaxStaleness:
-		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.RefreshAfter is %v: use at least MaxStaleness, %v", o.RefreshAfter, o.MaxStaleness))
-	case o.StaleIfError < o.MaxStaleness:
-		panic(fmt.Sprintf("apikey: NewCache: CacheOptions.StaleIfError is %v: use at least MaxStaleness, %v", o.StaleIfError, o.MaxStaleness))
+	}
+	if fault := o.check(); fault != "" {
+		panic("apikey: NewCache: CacheOptions." + fault)
 	}
 
-	c := &Cache{
-		rdb:                 rdb,
-		sealer:              sealed.NewSealer(secret),
-		log:                 feed.NewLog(o.MaxStaleness),
-		maxStaleness:        o.MaxStaleness,
-		maxRefusalStaleness: min(o.MaxStaleness, refusalStaleness),
-		refreshAfter:        o.RefreshAfter,
-		staleIfError:        o.StaleIfError,
-		redis:               newBreaker[[]byte](redisBreakAfter, redis.Nil),
-		slots:               make(chan struct{}, storeSlots),
-		sets:                make(chan struct{}, pendingSets),
+	limits := func(timeout time.Duration) batch.Limits {
+		return batch.Limits{AtOnce: o.MaxBatches, Size: o.MaxBatchSize, Queue: o.MaxQueue / 2, Budget: timeout}
 	}
-	c.keys = &layer[KeyHash, Key]{
-		cache:  c,
-		store:  newBreaker[*record[Key]](storeBreakAfter, nil),
-		name:   func(h KeyHash) string { return redisKeyRoot + "key:" + hex.EncodeToString(h[:]) },
-		topic:  func(h KeyHash) string { return "key " + hex.EncodeToString(h[:8]) },
-		admits: Key.live,
-		encode: encodeKey,
-		decode: decodeKey,
+	c := &Cache{rdb: rdb}
+	c.shared.Log = feed.NewLog(o.MaxStaleness, o.StaleIfError)
+	c.shared.Redis = shared.New(rdb, secret, limits(o.RedisTimeout), o.StaleIfError)
+	c.shared.Batches = limits(o.StoreTimeout)
+	c.shared.Limits = readthrough.Limits{
+		MaxRefusalStaleness: min(o.MaxStaleness, refusalStaleness), MaxStaleness: o.MaxStaleness,
+		RefreshAfter: o.RefreshAfter, StaleIfError: o.StaleIfError,
 	}
-	c.keys.makeTables(o.MemoryEntries, func(h KeyHash) uint64 { return binary.LittleEndian.Uint64(h[:]) })
-	c.plans = &layer[string, Plan]{
-		cache:  c,
-		store:  newBreaker[*record[Plan]](storeBreakAfter, nil),
-		name:   func(orgID string) string { return redisKeyRoot + "plan:" + orgID },
-		topic:  func(orgID string) string { return "plan " + orgID },
-		admits: Plan.AllowsAPI,
-		encode: encodePlan,
-		decode: decodePlan,
-	}
+
 	seed := maphash.MakeSeed()
-	c.plans.makeTables(o.MemoryEntries, func(orgID string) uint64 { return maphash.String(seed, orgID) })
+	c.plans = readthrough.NewLayer(&c.shared, readthrough.Kind[string, Plan]{
+		Name: func(orgID string) string { return redisKeyRoot + "plan:" + orgID },
+		Hash: func(orgID string) uint64 { return maphash.String(seed, orgID) },
+		Topics: func(orgID string, p *Plan) (feed.Topic, feed.Topic) {
+			return feed.PlanTopic(orgID), feed.TierTopic(p.Name)
+		},
+		Admits: func(p *Plan, now time.Time) bool { return p.AllowsAPI(now) },
+		Same:   func(a, b *Plan) bool { return a.equal(*b) },
+		Append: func(b []byte, p *Plan) []byte { return appendPlan(b, *p) },
+		Decode: func(d *sealed.Decoder, rec *readthrough.Record[Plan]) { rec.Value = decodePlan(d) },
+	}, o.MemoryEntries, o.MemoryEntries)
+	keyID := func(h KeyHash) uint64 { return binary.BigEndian.Uint64(h[:]) }
+	c.keys = readthrough.NewLayer(&c.shared, readthrough.Kind[KeyHash, keyFacts]{
+		Name: func(h KeyHash) string { return redisKeyRoot + "key:" + hex.EncodeToString(h[:]) },
+		Hash: keyID,
+		Topics: func(h KeyHash, _ *keyFacts) (feed.Topic, feed.Topic) {
+			t := feed.KeyTopic(keyID(h))
+			return t, t
+		},
+		Admits: func(k *keyFacts, now time.Time) bool { return k.live(now) },
+		Same:   func(a, b *keyFacts) bool { return a.Key.equal(b.Key) },
+		Append: appendKey,
+		Decode: c.decodeKey,
+	}, o.MemoryEntries, absentKeys)
 	return c
-}
-
-// newBreaker returns a breaker that takes all errors but one for failures.
-func newBreaker[T any](after uint32, answer error) *gobreaker.CircuitBreaker[T] {
-	return gobreaker.NewCircuitBreaker[T](gobreaker.Settings{
-		Timeout:      breakFor,
-		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= after },
-		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, answer) },
-	})
-}
-
-// skipped reports whether err is a breaker's word that it did not ask.
-func skipped(err error) bool {
-	return errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests)
 }
 
 // honoursContext reports whether a deadline ends a command of rdb. A client of
@@ -228,20 +263,28 @@ func honoursContext(rdb redis.UniversalClient) bool {
 
 // Stats returns the counters as they are now.
 func (c *Cache) Stats() CacheStats {
+	r, s := c.shared.Redis.Stats(), &c.shared.Stats
 	return CacheStats{
-		RedisHits:     c.redisHits.Load(),
-		RedisMisses:   c.redisMisses.Load(),
-		RedisRejected: c.redisRejected.Load(),
-		RedisErrors:   c.redisErrors.Load(),
-		RedisSkipped:  c.redisSkipped.Load(),
-		StoreReads:    c.storeReads.Load(),
-		StoreErrors:   c.storeErrors.Load(),
-		StoreSkipped:  c.storeSkipped.Load(),
-		StaleUses:     c.staleUses.Load(),
-		FeedLive:      c.log.Live(c.log.State(), time.Now()),
-		FeedErr:       c.log.Fault(),
-		Announcements: c.log.Announcements(),
-		Unannounced:   c.log.Unannounced(),
+		RedisHits:      s.Hits.Load(),
+		RedisMisses:    s.Misses.Load(),
+		RedisRejected:  r.Rejected.Load(),
+		RedisErrors:    r.Errors.Load(),
+		RedisSkipped:   r.Skipped.Load(),
+		RedisGets:      r.Gets.Load(),
+		RedisBatches:   r.Batches.Load(),
+		StoreReads:     s.Reads.Load(),
+		StoreBatches:   s.Batches.Load(),
+		StoreErrors:    s.Errors.Load(),
+		StoreSkipped:   s.Skipped.Load(),
+		StoreBusy:      s.Busy.Load(),
+		StoreAbandoned: uint64(s.Abandoned.Load()),
+		QueueFull:      s.Queue.Full.Load() + r.Queue.Full.Load(),
+		QueueTimeouts:  s.Queue.Waited.Load() + r.Queue.Waited.Load(),
+		StaleUses:      s.StaleUses.Load(),
+		FeedLive:       c.shared.Log.Live(clock.At(time.Now())),
+		FeedErr:        c.shared.Log.Fault(),
+		Announcements:  c.shared.Log.Announcements(),
+		Unannounced:    c.shared.Log.Unannounced(),
 	}
 }
 
@@ -263,7 +306,7 @@ func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 		return errors.New("apikey: Cache.Watch: this Cache is being watched already")
 	}
 	defer c.watching.Store(false)
-	feed.Follow(ctx, pool, c.log)
+	feed.Follow(ctx, pool, c.shared.Log)
 	return nil
 }
 
@@ -279,428 +322,247 @@ type CachedRecord[V Key | Plan] struct {
 
 // InspectKey returns the record of a key in Redis, whatever it is worth; the error
 // is that Redis could not be read.
-func (c *Cache) InspectKey(ctx context.Context, h KeyHash) (CachedRecord[Key], error) {
-	return inspect(ctx, c.keys, h)
+func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], error) {
+	name, rec, err := c.keys.Inspect(h)
+	return inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
 }
 
 // InspectPlan returns the record of an organisation's plan in Redis, as
 // [Cache.InspectKey] does.
-func (c *Cache) InspectPlan(ctx context.Context, orgID string) (CachedRecord[Plan], error) {
-	return inspect(ctx, c.plans, orgID)
+func (c *Cache) InspectPlan(_ context.Context, orgID string) (CachedRecord[Plan], error) {
+	name, rec, err := c.plans.Inspect(orgID)
+	return inspected(name, rec, err, func(p *Plan) Plan { return *p })
 }
 
-func inspect[S comparable, V Key | Plan](ctx context.Context, l *layer[S, V], subject S) (CachedRecord[V], error) {
-	r := CachedRecord[V]{Name: l.name(subject)}
-	value, err := l.cache.rdb.Get(ctx, r.Name).Bytes()
-	if errors.Is(err, redis.Nil) {
-		return r, nil
+func inspected[F any, V Key | Plan](name string, rec *readthrough.Record[F], err error, value func(*F) V) (CachedRecord[V], error) {
+	r := CachedRecord[V]{Name: name}
+	switch {
+	case errors.Is(err, shared.ErrRejected):
+		r.Found, r.Rejected = true, true
+	case err != nil:
+		return r, fmt.Errorf("apikey: reading %s from Redis: %w", name, err)
+	case rec != nil:
+		r.Found, r.Value = true, value(&rec.Value)
+		r.ReadAt, r.Snapshot = rec.ReadAt.Time(), rec.Snapshot.String()
 	}
-	if err != nil {
-		return r, fmt.Errorf("apikey: reading %s from Redis: %w", r.Name, err)
-	}
-	r.Found = true
-	rec := l.open(r.Name, value)
-	if rec == nil {
-		r.Rejected = true
-		return r, nil
-	}
-	r.Value, r.ReadAt, r.Snapshot = rec.value, rec.readAt, rec.snapshot.String()
 	return r, nil
 }
 
 // Keys returns next behind the cache. All key stores behind one Cache share its
-// records, so they must hold the same keys. It panics if next is nil.
+// records, so they must hold the same keys. A [BatchKeyStore] is asked for many keys
+// at once. It panics if next is nil.
 func (c *Cache) Keys(next KeyStore) KeyStore {
 	if isNil(next) {
 		panic("apikey: Cache.Keys: next is nil: pass the KeyStore to read through to")
 	}
-	return cachedKeys{cached[KeyHash, Key]{c.keys, next.Key}}
+	return cachedKeys{c, next, readthrough.NewStore(c.keys, keyReader(next))}
 }
 
 // Plans returns next behind the cache. All plan stores behind one Cache share its
-// records, so they must hold the same plans. It panics if next is nil.
+// records, so they must hold the same plans. A [BatchPlanStore] is asked for many
+// plans at once. It panics if next is nil.
 func (c *Cache) Plans(next PlanStore) PlanStore {
 	if isNil(next) {
 		panic("apikey: Cache.Plans: next is nil: pass the PlanStore to read through to")
 	}
-	return cachedPlans{cached[string, Plan]{c.plans, next.Plan}}
+	return cachedPlans{cache: c, next: next, store: readthrough.NewStore(c.plans, planReader(next))}
 }
 
-// cached is a store behind a layer.
-type cached[S comparable, V any] struct {
-	*layer[S, V]
-	load func(context.Context, S) (V, error)
+// cachedKeys is a key store behind a cache.
+type cachedKeys struct {
+	cache *Cache
+	next  KeyStore
+	store *readthrough.Store[KeyHash, keyFacts]
 }
-
-func (c cached[S, V]) fetch(ctx context.Context, subject S) (*record[V], Source, error) {
-	return c.layer.fetch(ctx, subject, c.load)
-}
-
-// answer answers as a store does.
-func (c cached[S, V]) answer(ctx context.Context, subject S) (V, error) {
-	rec := c.recall(subject, time.Now())
-	if rec == nil {
-		var err error
-		if rec, _, err = c.fetch(ctx, subject); err != nil {
-			var none V
-			return none, err
-		}
-	}
-	if !rec.found {
-		return rec.value, ErrNotFound
-	}
-	return rec.value, nil
-}
-
-type cachedKeys struct{ cached[KeyHash, Key] }
 
 // Key implements [KeyStore].
-func (k cachedKeys) Key(ctx context.Context, h KeyHash) (Key, error) { return k.answer(ctx, h) }
+func (k cachedKeys) Key(ctx context.Context, h KeyHash) (Key, error) {
+	rec, err := answer(ctx, k.cache.keys, h, k.store)
+	if err != nil {
+		return Key{}, err
+	}
+	return rec.Value.Key, nil
+}
 
-type cachedPlans struct{ cached[string, Plan] }
+func (k cachedKeys) recall(h KeyHash, now clock.Instant) *readthrough.Record[keyFacts] {
+	return k.cache.keys.Recall(h, now)
+}
+
+func (k cachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error) {
+	rec, source, err := k.cache.keys.Fetch(ctx, h, nil, k.store)
+	return rec, Source(source), err
+}
+
+// joined returns k, but so that a lookup of a key reads the plan of its organisation
+// too, if the plan store behind p reads the same database. All others are asked
+// separately: a plan never comes from tables that they do not read.
+func (k cachedKeys) joined(p cachedPlans) cachedKeys {
+	keys, ok1 := k.next.(*PostgresKeyStore)
+	plans, ok2 := p.next.(*PostgresPlanStore)
+	if ok1 && ok2 && sameDB(keys.db, plans.db) {
+		k.store = readthrough.NewStore(k.cache.keys, k.cache.joinedReader(keys))
+	}
+	return k
+}
+
+func sameDB(a, b DB) bool {
+	return reflect.TypeOf(a) == reflect.TypeOf(b) && reflect.TypeOf(a).Comparable() && a == b
+}
+
+// cachedPlans is a plan store behind a cache.
+type cachedPlans struct {
+	cache *Cache
+	next  PlanStore
+	store *readthrough.Store[string, Plan]
+
+	linked bool // keys come from the same cache, and their records lead to those of plans
+}
 
 // Plan implements [PlanStore].
 func (p cachedPlans) Plan(ctx context.Context, orgID string) (Plan, error) {
-	return p.answer(ctx, orgID)
-}
-
-// A layer is the cache of one kind of facts: S is what they are looked up by,
-// V what is known.
-type layer[S comparable, V any] struct {
-	cache   *Cache
-	store   *gobreaker.CircuitBreaker[*record[V]]
-	name    func(S) string // in Redis
-	topic   func(S) string // in announcements
-	admits  func(V, time.Time) bool
-	encode  func([]byte, V) []byte
-	decode  func(*sealed.Decoder) V
-	found   *table.Table[S, record[V]]
-	absent  *table.Table[S, record[V]] // apart, so that it cannot push out what was found
-	flights singleflight.Group
-}
-
-// A record is what one read told.
-type record[V any] struct {
-	value    V
-	found    bool
-	snapshot snapshot.Snapshot          // of the reading statement; zero if the store has none
-	readAt   time.Time                  // before the statement was sent
-	cleared  atomic.Pointer[feed.State] // the last state of the log in which it was not refuted
-	used     lastused.Mark
-}
-
-// newRecord is the record of a store's answer, without a stamp. The error is that
-// the store could not look.
-func newRecord[V any](value V, err error) (*record[V], error) {
-	switch {
-	case err == nil:
-		return &record[V]{value: value, found: true}, nil
-	case errors.Is(err, ErrNotFound):
-		return new(record[V]), nil
+	rec, err := answer(ctx, p.cache.plans, orgID, p.store)
+	if err != nil {
+		return Plan{}, err
 	}
-	return nil, err
+	return rec.Value, nil
 }
 
-func (l *layer[S, V]) makeTables(entries int, hash func(S) uint64) {
-	l.found = table.New[S, record[V]](entries, hash)
-	l.absent = table.New[S, record[V]](min(entries, absentSlots), hash)
-}
-
-// usable reports whether rec may decide a request at now. It may not if a change
-// is announced that it has not seen. Otherwise it may while it is young, and
-// longer while every change is known to be announced.
-func (l *layer[S, V]) usable(subject S, rec *record[V], now time.Time) bool {
-	log := l.cache.log
-	state := log.State()
-	if l.refuted(subject, rec, state) {
-		return false
+func (p cachedPlans) recall(key *keyFacts, now clock.Instant) *readthrough.Record[Plan] {
+	plans := p.cache.plans
+	if !p.linked {
+		return plans.Recall(key.OrgID, now)
 	}
-	age := feed.Age(rec.readAt, now)
-	return age < l.cache.maxRefusalStaleness ||
-		age < l.cache.refreshAfter && log.Live(state, now) && state.Covers(rec.snapshot, rec.readAt) ||
-		age < l.cache.maxStaleness && rec.found && l.admits(rec.value, now)
-}
-
-// usableIfError reports whether rec, although not usable, may admit a request at
-// now because the store cannot be read.
-func (l *layer[S, V]) usableIfError(subject S, rec *record[V], now time.Time) bool {
-	return rec.found && l.admits(rec.value, now) && feed.Age(rec.readAt, now) < l.cache.staleIfError &&
-		!l.refuted(subject, rec, l.cache.log.State())
-}
-
-// refuted reports whether in state a change is announced that rec has not seen.
-func (l *layer[S, V]) refuted(subject S, rec *record[V], state *feed.State) bool {
-	if rec.cleared.Load() == state {
-		return false
-	}
-	if l.cache.log.Refuted(l.topic(subject), rec.snapshot) {
-		return true
-	}
-	rec.cleared.Store(state)
-	return false
-}
-
-// recall returns the record in memory that may decide a request at now, or nil.
-func (l *layer[S, V]) recall(subject S, now time.Time) *record[V] {
-	rec := l.held(subject)
-	if rec == nil || !l.usable(subject, rec, now) {
-		return nil
-	}
-	return rec
-}
-
-// held returns the record in memory, whatever it is worth, or nil.
-func (l *layer[S, V]) held(subject S) *record[V] {
-	if rec := l.found.Get(subject); rec != nil {
+	if rec := key.plan.Load(); rec != nil && plans.Usable(key.OrgID, rec, now) {
 		return rec
 	}
-	return l.absent.Get(subject)
-}
-
-// remember puts rec in the memory.
-func (l *layer[S, V]) remember(subject S, rec *record[V]) {
-	if rec.found {
-		l.found.Put(subject, rec)
-		return
-	}
-	l.absent.Put(subject, rec)
-	l.found.Delete(subject) // recall looks there first
-}
-
-// fetch gets the facts of subject from Redis or by load, and tells where they are
-// from. All who ask for one subject at the same time share one flight; a caller
-// that goes away leaves it.
-func (l *layer[S, V]) fetch(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], Source, error) {
-	name := l.name(subject)
-	for asked := time.Now(); ; {
-		landed := l.flights.DoChan(name, func() (any, error) {
-			f := flight[V]{started: time.Now()}
-			err := l.fly(context.WithoutCancel(ctx), &f, subject, name, load)
-			return f, err
-		})
-		select {
-		case result := <-landed:
-			if result.Err != nil {
-				return nil, "", result.Err
-			}
-			// A flight that had started before this request may have missed a change that
-			// was announced before it. The next one cannot have.
-			f := result.Val.(flight[V])
-			now := time.Now()
-			if !f.started.Before(asked) || l.usable(subject, f.rec, now) ||
-				f.source == SourceStale && l.usableIfError(subject, f.rec, now) {
-				return f.rec, f.source, nil
-			}
-		case <-ctx.Done():
-			return nil, "", context.Cause(ctx)
-		}
-	}
-}
-
-// A flight is when it started, what it brought, and from where.
-type flight[V any] struct {
-	started time.Time
-	rec     *record[V]
-	source  Source
-}
-
-// fly is one flight. It runs on a goroutine of its own, where a panic would end
-// the process.
-func (l *layer[S, V]) fly(
-	ctx context.Context, f *flight[V], subject S, name string, load func(context.Context, S) (V, error),
-) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			l.cache.storeErrors.Add(1)
-			err = fmt.Errorf("apikey: the store panicked: %v", p)
-		}
-	}()
-	if rec := l.recall(subject, f.started); rec != nil { // the flight before this one has just landed
-		f.rec, f.source = rec, SourceMemory
-		return nil
-	}
-	inRedis, usable := l.get(ctx, subject, name)
-	if usable {
-		f.rec, f.source = inRedis, SourceRedis
-		l.remember(subject, inRedis)
-		return nil
-	}
-	read, err := l.read(ctx, subject, load)
-	if err != nil {
-		stale := l.latest(subject, inRedis)
-		if stale == nil || !l.usableIfError(subject, stale, time.Now()) {
-			return err
-		}
-		l.cache.staleUses.Add(1)
-		f.rec, f.source = stale, SourceStale
-		l.remember(subject, stale)
-		return nil
-	}
-	f.rec, f.source = read, SourceStore
-	l.compare(subject, read)
-	l.remember(subject, read)
-	if read.found {
-		l.set(ctx, name, read)
-	}
-	return nil
-}
-
-// latest returns the later of the records in memory and in Redis, or nil.
-func (l *layer[S, V]) latest(subject S, inRedis *record[V]) *record[V] {
-	held := l.held(subject)
-	if held == nil || inRedis != nil && inRedis.readAt.After(held.readAt) {
-		return inRedis
-	}
-	return held
-}
-
-// read asks the store.
-func (l *layer[S, V]) read(ctx context.Context, subject S, load func(context.Context, S) (V, error)) (*record[V], error) {
-	turn := time.NewTimer(slotWait)
-	defer turn.Stop()
-	select {
-	case l.cache.slots <- struct{}{}:
-		defer func() { <-l.cache.slots }()
-	case <-turn.C:
-		l.cache.storeErrors.Add(1)
-		return nil, fmt.Errorf("apikey: %d lookups were under way for %v", storeSlots, slotWait)
-	}
-	rec, err := l.store.Execute(func() (*record[V], error) {
-		l.cache.storeReads.Add(1)
-		ctx, cancel := context.WithTimeout(ctx, storeBudget)
-		defer cancel()
-		ctx, stamp := snapshot.Collect(ctx)
-		readAt := time.Now()
-		rec, err := newRecord(load(ctx, subject))
-		if err != nil {
-			return nil, err
-		}
-		rec.snapshot, rec.readAt = stamp.Snapshot(), readAt
-		return rec, nil
-	})
-	switch {
-	case skipped(err):
-		l.cache.storeSkipped.Add(1)
-		return nil, fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", storeBreakAfter, breakFor, err)
-	case err != nil:
-		l.cache.storeErrors.Add(1)
-	}
-	return rec, err
-}
-
-// compare looks for a change that nothing announced: other facts than those in
-// memory, which no announcement has refuted while all should have been received.
-func (l *layer[S, V]) compare(subject S, rec *record[V]) {
-	old := l.held(subject)
-	if old == nil || old.found == rec.found && bytes.Equal(l.encode(nil, old.value), l.encode(nil, rec.value)) {
-		return
-	}
-	log, topic := l.cache.log, l.topic(subject)
-	if log.State().Covers(old.snapshot, old.readAt) && !log.Refuted(topic, old.snapshot) {
-		log.Suspect(topic, old.snapshot, time.Now())
-	}
-}
-
-// get returns the record in Redis, nil if there is none that we sealed, and
-// whether it is usable.
-func (l *layer[S, V]) get(ctx context.Context, subject S, name string) (rec *record[V], usable bool) {
-	value, err := l.cache.redis.Execute(func() ([]byte, error) {
-		ctx, cancel := context.WithTimeout(ctx, redisBudget)
-		defer cancel()
-		return l.cache.rdb.Get(ctx, name).Bytes()
-	})
-	switch {
-	case skipped(err):
-		l.cache.redisSkipped.Add(1)
-		return nil, false
-	case errors.Is(err, redis.Nil):
-		l.cache.redisMisses.Add(1)
-		return nil, false
-	case err != nil:
-		l.cache.redisErrors.Add(1)
-		return nil, false
-	}
-	if rec = l.open(name, value); rec == nil {
-		l.cache.redisRejected.Add(1)
-	}
-	// A record from the future comes from a replica whose clock is ahead, and would
-	// live too long.
-	now := time.Now()
-	if rec != nil && feed.Age(rec.readAt, now) < 0 {
-		rec = nil
-	}
-	if rec == nil || !l.usable(subject, rec, now) {
-		l.cache.redisMisses.Add(1)
-		return rec, false
-	}
-	l.cache.redisHits.Add(1)
-	return rec, true
-}
-
-// set puts rec in Redis without holding up the flight. When Redis is too slow to
-// keep up, or away, other replicas read for themselves.
-func (l *layer[S, V]) set(ctx context.Context, name string, rec *record[V]) {
-	select {
-	case l.cache.sets <- struct{}{}:
-	default:
-		return
-	}
-	go func() {
-		defer func() { <-l.cache.sets }()
-		_, err := l.cache.redis.Execute(func() ([]byte, error) {
-			ctx, cancel := context.WithTimeout(ctx, redisBudget)
-			defer cancel()
-			return nil, l.cache.rdb.Set(ctx, name, l.seal(name, rec), l.cache.staleIfError).Err()
-		})
-		switch {
-		case skipped(err):
-			l.cache.redisSkipped.Add(1)
-		case err != nil:
-			l.cache.redisErrors.Add(1)
-		}
-	}()
-}
-
-func (l *layer[S, V]) seal(name string, rec *record[V]) []byte {
-	body := sealed.AppendTime(nil, rec.readAt)
-	body = sealed.AppendString(body, rec.snapshot.String())
-	return l.cache.sealer.Seal(name, l.encode(body, rec.value))
-}
-
-// open is the inverse of seal; nil for a value that seal did not make.
-func (l *layer[S, V]) open(name string, value []byte) *record[V] {
-	body, ok := l.cache.sealer.Open(name, value)
-	if !ok {
-		return nil
-	}
-	d := sealed.NewDecoder(body)
-	rec := &record[V]{found: true, readAt: d.Time()}
-	if text := d.String(); text != "" {
-		snap, err := snapshot.Parse(text)
-		if err != nil {
-			return nil
-		}
-		rec.snapshot = snap
-	}
-	rec.value = l.decode(d)
-	if !d.Done() {
-		return nil
+	rec := plans.Recall(key.OrgID, now) // another key of the organisation may have read it again
+	if rec != nil {
+		key.plan.Store(rec)
 	}
 	return rec
 }
 
-func encodeKey(b []byte, k Key) []byte {
+func (p cachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error) {
+	var known *readthrough.Record[Plan]
+	if p.linked {
+		known = key.plan.Load()
+	}
+	rec, source, err := p.cache.plans.Fetch(ctx, key.OrgID, known, p.store)
+	if err == nil && p.linked {
+		key.plan.Store(rec)
+	}
+	return rec, Source(source), err
+}
+
+// answer answers as a store does.
+func answer[S comparable, V any](ctx context.Context, l *readthrough.Layer[S, V], subject S, store *readthrough.Store[S, V]) (*readthrough.Record[V], error) {
+	rec := l.Recall(subject, clock.At(time.Now()))
+	if rec == nil {
+		var err error
+		if rec, _, err = l.Fetch(ctx, subject, nil, store); err != nil {
+			return nil, err
+		}
+	}
+	if !rec.Found {
+		return nil, ErrNotFound
+	}
+	return rec, nil
+}
+
+// keyReader reads keys, and no plans.
+func keyReader(next KeyStore) readthrough.Reader[KeyHash, keyFacts, Key] {
+	r := readthrough.Reader[KeyHash, keyFacts, Key]{
+		One:   one(next.Key),
+		Fill:  func(rec *readthrough.Record[keyFacts], k Key) { rec.Value.Key = compactKey(k) },
+		Adopt: func(rec *readthrough.Record[keyFacts]) { rec.Value.plan.Store(nil) }, // it may be from other tables
+	}
+	if batch, ok := next.(BatchKeyStore); ok {
+		r.Many = batch.Keys
+	}
+	_, r.Trusted = next.(*PostgresKeyStore)
+	return r
+}
+
+// joinedReader reads keys and their plans.
+func (c *Cache) joinedReader(next *PostgresKeyStore) readthrough.Reader[KeyHash, keyFacts, keyAndPlan] {
+	return readthrough.Reader[KeyHash, keyFacts, keyAndPlan]{
+		Many: next.keysAndPlans,
+		Fill: func(rec *readthrough.Record[keyFacts], f keyAndPlan) {
+			rec.Value.Key = compactKey(f.key)
+			plan := c.plans.NewRecord(f.key.OrgID, rec.Stamp)
+			if f.plan != nil {
+				plan.Found, plan.Value = true, compactPlan(*f.plan)
+			}
+			rec.Value.plan.Store(plan)
+		},
+		Trusted: true,
+	}
+}
+
+func planReader(next PlanStore) readthrough.Reader[string, Plan, Plan] {
+	r := readthrough.Reader[string, Plan, Plan]{
+		One:  one(next.Plan),
+		Fill: func(rec *readthrough.Record[Plan], p Plan) { rec.Value = compactPlan(p) },
+	}
+	if batch, ok := next.(BatchPlanStore); ok {
+		r.Many = batch.Plans
+	}
+	_, r.Trusted = next.(*PostgresPlanStore)
+	return r
+}
+
+// one is the method of a store, with ErrNotFound as a value.
+func one[S, F any](look func(context.Context, S) (F, error)) func(context.Context, S) (F, bool, error) {
+	return func(ctx context.Context, subject S) (F, bool, error) {
+		fact, err := look(ctx, subject)
+		if errors.Is(err, ErrNotFound) {
+			return fact, false, nil
+		}
+		return fact, err == nil, err
+	}
+}
+
+// compactKey returns k in less memory.
+func compactKey(k Key) Key {
+	ids := k.ID + k.OrgID // one allocation for both
+	k.ID, k.OrgID = ids[:len(k.ID)], ids[len(k.ID):]
+	return k
+}
+
+// compactPlan returns p in less memory: there are few tiers and statuses.
+func compactPlan(p Plan) Plan {
+	p.Name = unique.Make(p.Name).Value()
+	if i := slices.Index(planStatuses, p.Status); i >= 0 {
+		p.Status = planStatuses[i]
+	}
+	return p
+}
+
+// The form of keys and plans in Redis. A key's record holds the facts of its plan if
+// they were read together and there is a plan.
+
+func appendKey(b []byte, k *keyFacts) []byte {
 	b = sealed.AppendString(b, k.ID)
 	b = sealed.AppendString(b, k.OrgID)
 	b = sealed.AppendBool(b, k.Active)
-	return sealed.AppendTime(b, k.ExpiresAt)
+	b = sealed.AppendTime(b, k.ExpiresAt)
+	plan := k.plan.Load()
+	if plan == nil || !plan.Found {
+		return sealed.AppendBool(b, false)
+	}
+	return appendPlan(sealed.AppendBool(b, true), plan.Value)
 }
 
-func decodeKey(d *sealed.Decoder) Key {
-	return Key{ID: d.String(), OrgID: d.String(), Active: d.Bool(), ExpiresAt: d.Time()}
+func (c *Cache) decodeKey(d *sealed.Decoder, rec *readthrough.Record[keyFacts]) {
+	rec.Value.Key = compactKey(Key{ID: d.String(), OrgID: d.String(), Active: d.Bool(), ExpiresAt: d.Time()})
+	if d.Bool() {
+		plan := c.plans.NewRecord(rec.Value.OrgID, rec.Stamp)
+		plan.Found, plan.Value = true, decodePlan(d)
+		rec.Value.plan.Store(plan)
+	}
 }
 
-func encodePlan(b []byte, p Plan) []byte {
+func appendPlan(b []byte, p Plan) []byte {
 	b = sealed.AppendString(b, p.Name)
 	b = sealed.AppendString(b, string(p.Status))
 	b = sealed.AppendBool(b, p.APIAccess)
@@ -708,5 +570,5 @@ func encodePlan(b []byte, p Plan) []byte {
 }
 
 func decodePlan(d *sealed.Decoder) Plan {
-	return Plan{Name: d.String(), Status: PlanStatus(d.String()), APIAccess: d.Bool(), EndsAt: d.Time()}
+	return compactPlan(Plan{Name: d.String(), Status: PlanStatus(d.String()), APIAccess: d.Bool(), EndsAt: d.Time()})
 }

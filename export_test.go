@@ -4,35 +4,40 @@ import (
 	"context"
 	"time"
 
+	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/readthrough"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
 // What the tests look at that users do not.
 var (
-	BearerKey = bearerKey
-	KeySQL    = keySQL
-	PlanSQL   = planSQL
+	BearerKey     = bearerKey
+	KeySQL        = keySQL
+	KeyAndPlanSQL = keyAndPlanSQL
+	PlanSQL       = planSQL
 )
 
 // RedisNames returns the names of the records of a key and a plan in Redis.
 func (c *Cache) RedisNames(h KeyHash, orgID string) (key, plan string) {
-	return c.keys.name(h), c.plans.name(orgID)
+	return c.keys.Name(h), c.plans.Name(orgID)
 }
 
 // FetchKey is what follows when a key was not found in memory.
-func (c *Cache) FetchKey(ctx context.Context, h KeyHash, load func(context.Context, KeyHash) (Key, error)) (Key, error) {
-	rec, _, err := c.keys.fetch(ctx, h, load)
+func (c *Cache) FetchKey(ctx context.Context, h KeyHash, look KeyStoreFunc) (Key, error) {
+	rec, _, err := c.Keys(look).(cachedKeys).fetch(ctx, h)
 	if err != nil {
 		return Key{}, err
 	}
-	return rec.value, nil
+	return rec.Value.Key, nil
 }
 
 // Log is what the cache knows of changes.
-func (c *Cache) Log() *feed.Log { return c.log }
+func (c *Cache) Log() *feed.Log { return c.shared.Log }
 
 // KeyUsable is the rule, for a key that was read at a time in snap.
 func (c *Cache) KeyUsable(h KeyHash, key Key, found bool, snap snapshot.Snapshot, readAt, now time.Time) bool {
-	return c.keys.usable(h, &record[Key]{value: key, found: found, snapshot: snap, readAt: readAt}, now)
+	rec := c.keys.NewRecord(h, readthrough.Stamp{Snapshot: snap, ReadAt: clock.At(readAt)})
+	rec.Value.Key, rec.Found = key, found
+	return c.keys.Usable(h, rec, clock.At(now))
 }

@@ -217,7 +217,7 @@ func runOutage(t *testing.T, r, p outage) {
 					t.Fatal(err)
 				}
 				before := parseSnapshot(t, fmt.Sprintf("%d:%d:", xid, xid))
-				waitFor(t, func() bool { return rg.cache.Log().Refuted(keyTopic(apikey.HashKey(keys[k])), before) })
+				waitFor(t, func() bool { return rg.cache.Log().Refuted(before, keyTopic(apikey.HashKey(keys[k]))) })
 			}
 		}
 		if k == inMemory || k == dead || k == unpaid {

@@ -19,9 +19,11 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/lastused"
+	"github.com/trackpilots/apikey/internal/readthrough"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
@@ -47,6 +49,12 @@ type Key struct {
 	ExpiresAt time.Time // the first instant at which it is dead; zero: never
 }
 
+func (k Key) equal(other Key) bool {
+	same := k.ExpiresAt.Equal(other.ExpiresAt)
+	k.ExpiresAt, other.ExpiresAt = time.Time{}, time.Time{}
+	return same && k == other
+}
+
 // live reports whether the key may be used at now.
 func (k Key) live(now time.Time) bool {
 	return k.Active && (k.ExpiresAt.IsZero() || now.Before(k.ExpiresAt))
@@ -60,6 +68,17 @@ func (k Key) live(now time.Time) bool {
 // not look" and is answered with [ErrUnavailable].
 type KeyStore interface {
 	Key(ctx context.Context, h KeyHash) (Key, error)
+}
+
+// A BatchKeyStore is a KeyStore that finds many keys at once. A [Cache] asks it for
+// all that are asked for at the same time: by Keys, and never by Key. So a type that
+// embeds one, and has a Key of its own, needs a Keys of its own too.
+type BatchKeyStore interface {
+	KeyStore
+
+	// Keys returns those of the keys that are there, by their hashes; the others are
+	// "looked, and it is not there". The error means "could not look" for all of them.
+	Keys(ctx context.Context, hashes []KeyHash) (map[KeyHash]Key, error)
 }
 
 // A KeyStoreFunc is a function that is a KeyStore.
@@ -93,29 +112,126 @@ func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	return &PostgresKeyStore{db}
 }
 
-// keySQL has one row, found or not, so that "absent" has a snapshot too.
-const keySQL = `
-SELECT pg_current_snapshot()::text, k.id::text, k.org_id, k.active, k.expires_at
+// The statements of the lookups have a row even if nothing is found, so that
+// "absent" has a snapshot too.
+const (
+	keySQL = `
+SELECT pg_current_snapshot()::text, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at
 FROM (VALUES (1)) AS one
-LEFT JOIN api_keys k ON k.key_hash = $1`
+LEFT JOIN api_keys k ON k.key_hash = ANY($1)`
+
+	keyAndPlanSQL = `
+SELECT pg_current_snapshot()::text, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at,
+	o.plan, o.status, c.api_access, o.ends_at
+FROM (VALUES (1)) AS one
+LEFT JOIN api_keys k ON k.key_hash = ANY($1)
+LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = k.org_id`
+)
 
 // Key returns the key with hash h, or ErrNotFound if api_keys has no such row.
 func (s *PostgresKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
-	var (
-		stamp     string
-		id, orgID *string
-		active    *bool
-		expiresAt *time.Time
-	)
-	err := s.db.QueryRow(ctx, keySQL, h[:]).Scan(&stamp, &id, &orgID, &active, &expiresAt)
+	keys, err := s.Keys(ctx, []KeyHash{h})
 	if err != nil {
-		return Key{}, fmt.Errorf("apikey: reading api_keys: %w", err)
+		return Key{}, err
 	}
-	snapshot.Report(ctx, stamp)
-	if id == nil {
+	key, ok := keys[h]
+	if !ok {
 		return Key{}, ErrNotFound
 	}
-	return Key{ID: *id, OrgID: *orgID, Active: *active, ExpiresAt: timeOrZero(expiresAt)}, nil
+	return key, nil
+}
+
+// Keys implements [BatchKeyStore], in one statement.
+func (s *PostgresKeyStore) Keys(ctx context.Context, hashes []KeyHash) (map[KeyHash]Key, error) {
+	keys := make(map[KeyHash]Key, len(hashes))
+	var r keyRow
+	err := lookUp(ctx, s.db, keySQL, byteSlices(hashes), r.columns(), func() {
+		if h, key, ok := r.key(); ok {
+			keys[h] = key
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("apikey: reading api_keys: %w", err)
+	}
+	return keys, nil
+}
+
+// A keyAndPlan is a key with the plan of its organisation; nil: it has none.
+type keyAndPlan struct {
+	key  Key
+	plan *Plan
+}
+
+// keysAndPlans is Keys, with the plans in the same statement.
+func (s *PostgresKeyStore) keysAndPlans(ctx context.Context, hashes []KeyHash) (map[KeyHash]keyAndPlan, error) {
+	found := make(map[KeyHash]keyAndPlan, len(hashes))
+	var k keyRow
+	var p planRow
+	err := lookUp(ctx, s.db, keyAndPlanSQL, byteSlices(hashes), append(k.columns(), p.columns()...), func() {
+		if h, key, ok := k.key(); ok {
+			found[h] = keyAndPlan{key, p.plan()}
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("apikey: reading api_keys and org_plans: %w", err)
+	}
+	return found, nil
+}
+
+// A keyRow is what a lookup reads of api_keys; all NULL if there is no such row.
+type keyRow struct {
+	hash      []byte
+	id, orgID *string
+	active    *bool
+	expiresAt *time.Time
+}
+
+func (r *keyRow) columns() []any { return []any{&r.hash, &r.id, &r.orgID, &r.active, &r.expiresAt} }
+
+func (r *keyRow) key() (KeyHash, Key, bool) {
+	if r.id == nil {
+		return KeyHash{}, Key{}, false
+	}
+	return KeyHash(r.hash), Key{ID: *r.id, OrgID: *r.orgID, Active: *r.active, ExpiresAt: timeOrZero(r.expiresAt)}, true
+}
+
+func byteSlices(hashes []KeyHash) [][]byte {
+	slices := make([][]byte, len(hashes))
+	for i := range hashes {
+		slices[i] = hashes[i][:]
+	}
+	return slices
+}
+
+// lookUp runs a statement whose first column is the snapshot that it runs in, which
+// it reports, and calls each for every row. If the pool has no connection free in
+// time, the error is [readthrough.ErrBusy].
+func lookUp(ctx context.Context, db DB, sql string, subjects any, columns []any, each func()) error {
+	if pool, ok := db.(*pgxpool.Pool); ok {
+		conn, err := pool.Acquire(ctx)
+		if err != nil {
+			if stat := pool.Stat(); ctx.Err() != nil && stat.AcquiredConns() >= stat.MaxConns() {
+				return fmt.Errorf("%w: %w", readthrough.ErrBusy, err)
+			}
+			return err
+		}
+		defer conn.Release()
+		db = conn
+	}
+	rows, err := db.Query(ctx, sql, subjects)
+	if err != nil {
+		return err
+	}
+	var stamp string
+	_, err = pgx.ForEachRow(rows, append([]any{&stamp}, columns...), func() error {
+		each()
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	snapshot.Report(ctx, stamp)
+	return nil
 }
 
 // MaxKeysPerOrg is how many keys an organisation may have, dead ones included.

@@ -168,13 +168,16 @@ func TestLookupsUseIndexes(t *testing.T) {
 		ANALYZE`)
 	scan := regexp.MustCompile(`"Seq Scan"[^}]*"(api_keys|org_plans)"`)
 	h := apikey.HashKey("123")
+	hashes := [][]byte{h[:]}
 	for _, c := range []struct {
 		sql   string
 		arg   any
 		index string
 	}{
-		{apikey.KeySQL, h[:], "api_keys_key_hash_key"},
-		{apikey.PlanSQL, "org123", "org_plans_pkey"},
+		{apikey.KeySQL, hashes, "api_keys_key_hash_key"},
+		{apikey.KeyAndPlanSQL, hashes, "api_keys_key_hash_key"},
+		{apikey.KeyAndPlanSQL, hashes, "org_plans_pkey"},
+		{apikey.PlanSQL, []string{"org123"}, "org_plans_pkey"},
 	} {
 		// Both ways in which a prepared statement may come to run.
 		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {

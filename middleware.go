@@ -36,7 +36,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/readthrough"
 )
 
 // An Org is an authenticated organisation: who the request is from, by which
@@ -52,10 +54,10 @@ type Source string
 
 // The places where facts are found, from near to far.
 const (
-	SourceMemory Source = "memory" // this process
-	SourceRedis  Source = "redis"
-	SourceStore  Source = "store" // PostgreSQL, or a store of your own
-	SourceStale  Source = "stale" // memory or Redis, past their time, since the store could not be read
+	SourceMemory = Source(readthrough.Memory) // this process
+	SourceRedis  = Source(readthrough.Redis)
+	SourceStore  = Source(readthrough.Database) // PostgreSQL, or a store of your own
+	SourceStale  = Source(readthrough.Stale)    // memory or Redis, past their time, since the store could not be read
 )
 
 // farther returns the farther of two places.
@@ -101,26 +103,46 @@ type Options struct {
 // A Middleware admits the requests of organisations whose key is live and whose
 // plan includes the API, and refuses all others. It is safe for concurrent use.
 type Middleware struct {
-	keys  facts[KeyHash, Key]
-	plans facts[string, Plan]
+	keys  keySource
+	plans planSource
 	opts  Options
 }
 
-// Facts are a store as a request asks it: first for what costs no waiting, then
-// for what does. A Cache has both, any other store only the latter.
-type facts[S comparable, V any] interface {
-	recall(subject S, now time.Time) *record[V] // nil: not known here
-	fetch(ctx context.Context, subject S) (*record[V], Source, error)
+// A keySource is a key store as a request asks it: first for what costs no waiting,
+// then for what does.
+type keySource interface {
+	// recall returns what is known here, or nil.
+	recall(h KeyHash, now clock.Instant) *readthrough.Record[keyFacts]
+	fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error)
 }
 
-// A direct store is one without a cache. It is the method of a KeyStore or a
-// PlanStore.
-type direct[S comparable, V any] func(context.Context, S) (V, error)
+// A planSource is the same for plans. A request has the key of the organisation.
+type planSource interface {
+	recall(key *keyFacts, now clock.Instant) *readthrough.Record[Plan]
+	fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error)
+}
 
-func (direct[S, V]) recall(S, time.Time) *record[V] { return nil }
+// uncachedKeys and uncachedPlans are stores without a cache.
+type (
+	uncachedKeys  struct{ KeyStore }
+	uncachedPlans struct{ PlanStore }
+)
 
-func (load direct[S, V]) fetch(ctx context.Context, subject S) (*record[V], Source, error) {
-	rec, err := newRecord(load(ctx, subject))
+func (uncachedKeys) recall(KeyHash, clock.Instant) *readthrough.Record[keyFacts] { return nil }
+
+func (s uncachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error) {
+	rec := new(readthrough.Record[keyFacts])
+	var err error
+	rec.Value.Key, rec.Found, err = one(s.Key)(ctx, h)
+	return rec, SourceStore, err
+}
+
+func (uncachedPlans) recall(*keyFacts, clock.Instant) *readthrough.Record[Plan] { return nil }
+
+func (s uncachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error) {
+	rec := new(readthrough.Record[Plan])
+	var err error
+	rec.Value, rec.Found, err = one(s.Plan)(ctx, key.OrgID)
 	return rec, SourceStore, err
 }
 
@@ -130,12 +152,18 @@ func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
 	if isNil(keys) || isNil(plans) {
 		panic("apikey: New: a store is nil: pass a KeyStore and a PlanStore")
 	}
-	m := &Middleware{keys: direct[KeyHash, Key](keys.Key), plans: direct[string, Plan](plans.Plan)}
-	if cached, ok := keys.(facts[KeyHash, Key]); ok {
-		m.keys = cached
+	m := &Middleware{keys: uncachedKeys{keys}, plans: uncachedPlans{plans}}
+	cachedKeys, keysCached := keys.(cachedKeys)
+	cachedPlans, plansCached := plans.(cachedPlans)
+	if keysCached && plansCached && cachedKeys.cache == cachedPlans.cache {
+		cachedPlans.linked = true
+		cachedKeys = cachedKeys.joined(cachedPlans)
 	}
-	if cached, ok := plans.(facts[string, Plan]); ok {
-		m.plans = cached
+	if keysCached {
+		m.keys = cachedKeys
+	}
+	if plansCached {
+		m.plans = cachedPlans
 	}
 	if opts != nil {
 		m.opts = *opts
@@ -220,8 +248,9 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 	}
 
 	hash, now := HashKey(apiKey), time.Now()
+	at := clock.At(now)
 	source = SourceMemory
-	key := m.keys.recall(hash, now)
+	key := m.keys.recall(hash, at)
 	if key == nil {
 		// Only now: what is known here has passed before.
 		if !keyformat.Plausible(apiKey) {
@@ -231,32 +260,34 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 			return org, source, unavailable(err)
 		}
 		now = time.Now()
+		at = clock.At(now)
 	}
-	if !key.found {
+	if !key.Found {
 		return org, source, ErrInvalidAPIKey
 	}
-	if key.value.OrgID == "" {
+	facts := &key.Value
+	if facts.OrgID == "" {
 		return org, source, unavailable(errors.New("apikey: the KeyStore returned a key without OrgID"))
 	}
-	org.ID, org.KeyID = key.value.OrgID, key.value.ID
-	if !key.value.live(now) {
+	org.ID, org.KeyID = facts.OrgID, facts.ID
+	if !facts.live(now) {
 		return org, source, ErrInvalidAPIKey // before the plan: a dead key learns nothing of it
 	}
 
-	plan := m.plans.recall(org.ID, now)
+	plan := m.plans.recall(facts, at)
 	if plan == nil {
 		var from Source
-		if plan, from, err = m.plans.fetch(r.Context(), org.ID); err != nil {
+		if plan, from, err = m.plans.fetch(r.Context(), facts); err != nil {
 			return org, source, unavailable(err)
 		}
 		source, now = farther(source, from), time.Now()
 	}
-	org.Plan = plan.value
-	if !plan.found || !plan.value.AllowsAPI(now) {
+	org.Plan = plan.Value
+	if !plan.Found || !org.Plan.AllowsAPI(now) {
 		return org, source, ErrPlanExpired
 	}
 	if m.opts.LastUsed != nil {
-		m.opts.LastUsed.uses.Note(&key.used, key.value.ID, now)
+		m.opts.LastUsed.uses.Note(&facts.used, facts.ID, now)
 	}
 	return org, source, nil
 }

@@ -12,8 +12,6 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
-
-	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
 // A PlanStatus is the state of an organisation's subscription, as billing sets
@@ -38,6 +36,12 @@ type Plan struct {
 	EndsAt    time.Time // the first instant at which it no longer holds; zero: no end
 }
 
+func (p Plan) equal(other Plan) bool {
+	same := p.EndsAt.Equal(other.EndsAt)
+	p.EndsAt, other.EndsAt = time.Time{}, time.Time{}
+	return same && p == other
+}
+
 // AllowsAPI reports whether the plan admits API requests at now: its status is
 // active, it includes API access, and it has not ended.
 func (p Plan) AllowsAPI(now time.Time) bool {
@@ -52,6 +56,17 @@ func (p Plan) AllowsAPI(now time.Time) bool {
 // not look" and is answered with [ErrUnavailable].
 type PlanStore interface {
 	Plan(ctx context.Context, orgID string) (Plan, error)
+}
+
+// A BatchPlanStore is a PlanStore that finds many plans at once. A [Cache] asks it for
+// all that are asked for at the same time: by Plans, and never by Plan. So a type that
+// embeds one, and has a Plan of its own, needs a Plans of its own too.
+type BatchPlanStore interface {
+	PlanStore
+
+	// Plans returns the plans of those organisations that have one; the others are
+	// "looked, and there is none". The error means "could not look" for all of them.
+	Plans(ctx context.Context, orgIDs []string) (map[string]Plan, error)
 }
 
 // A PlanStoreFunc is a function that is a PlanStore.
@@ -74,29 +89,56 @@ func NewPostgresPlanStore(db DB) *PostgresPlanStore {
 	return &PostgresPlanStore{db}
 }
 
-// planSQL has one row, found or not, so that "absent" has a snapshot too.
+// planSQL has a row even if nothing is found, so that "absent" has a snapshot too.
 const planSQL = `
-SELECT pg_current_snapshot()::text, o.plan, o.status, c.api_access, o.ends_at
+SELECT pg_current_snapshot()::text, o.org_id, o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
-LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = $1`
+LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = ANY($1)`
 
 // Plan returns the plan of orgID, or ErrNotFound if org_plans has no row for it.
 func (s *PostgresPlanStore) Plan(ctx context.Context, orgID string) (Plan, error) {
-	var (
-		stamp        string
-		name, status *string
-		apiAccess    *bool
-		endsAt       *time.Time
-	)
-	err := s.db.QueryRow(ctx, planSQL, orgID).Scan(&stamp, &name, &status, &apiAccess, &endsAt)
+	plans, err := s.Plans(ctx, []string{orgID})
 	if err != nil {
-		return Plan{}, fmt.Errorf("apikey: reading org_plans: %w", err)
+		return Plan{}, err
 	}
-	snapshot.Report(ctx, stamp)
-	if name == nil {
+	plan, ok := plans[orgID]
+	if !ok {
 		return Plan{}, ErrNotFound
 	}
-	return Plan{Name: *name, Status: PlanStatus(*status), APIAccess: *apiAccess, EndsAt: timeOrZero(endsAt)}, nil
+	return plan, nil
+}
+
+// Plans implements [BatchPlanStore], in one statement.
+func (s *PostgresPlanStore) Plans(ctx context.Context, orgIDs []string) (map[string]Plan, error) {
+	plans := make(map[string]Plan, len(orgIDs))
+	var orgID *string
+	var r planRow
+	err := lookUp(ctx, s.db, planSQL, orgIDs, append([]any{&orgID}, r.columns()...), func() {
+		if plan := r.plan(); plan != nil {
+			plans[*orgID] = *plan
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("apikey: reading org_plans: %w", err)
+	}
+	return plans, nil
+}
+
+// A planRow is what a lookup reads of org_plans and plan_catalogue; all NULL if the
+// organisation has no row.
+type planRow struct {
+	name, status *string
+	apiAccess    *bool
+	endsAt       *time.Time
+}
+
+func (r *planRow) columns() []any { return []any{&r.name, &r.status, &r.apiAccess, &r.endsAt} }
+
+func (r *planRow) plan() *Plan {
+	if r.name == nil {
+		return nil
+	}
+	return &Plan{Name: *r.name, Status: PlanStatus(*r.status), APIAccess: *r.apiAccess, EndsAt: timeOrZero(r.endsAt)}
 }
 
 // DefineTier sets whether a tier includes the API, for all organisations on it; a

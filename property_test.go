@@ -50,7 +50,7 @@ func (s *subject) announced(cache *apikey.Cache) int {
 		if err != nil {
 			panic(err)
 		}
-		if cache.Log().Refuted(keyTopic(s.hash), before) {
+		if cache.Log().Refuted(before, keyTopic(s.hash)) {
 			return v.number
 		}
 	}
@@ -214,23 +214,28 @@ type lateRedis struct {
 	old map[string]any
 }
 
-func (l *lateRedis) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
-	return func(ctx context.Context, cmd redis.Cmder) error {
-		if cmd.Name() != "set" {
-			return next(ctx, cmd)
+func (l *lateRedis) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		if cmds[0].Name() == "set" {
+			pause(15 * time.Millisecond)
+			for _, cmd := range cmds {
+				l.replay(cmd.Args())
+			}
 		}
-		pause(15 * time.Millisecond)
-		name, args := cmd.Args()[1].(string), cmd.Args()
-		l.mu.Lock()
-		old := l.old[name]
-		if old == nil || rand.IntN(4) == 0 {
-			l.old[name] = args[2]
-		}
-		if old != nil && rand.IntN(4) == 0 {
-			args[2] = old
-		}
-		l.mu.Unlock()
-		return next(ctx, cmd)
+		return next(ctx, cmds)
+	}
+}
+
+func (l *lateRedis) replay(args []any) {
+	name := args[1].(string)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	old := l.old[name]
+	if old == nil || rand.IntN(4) == 0 {
+		l.old[name] = args[2]
+	}
+	if old != nil && rand.IntN(4) == 0 {
+		args[2] = old
 	}
 }
 

@@ -4,6 +4,7 @@ package apikey_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"
@@ -40,7 +42,10 @@ func parseSnapshot(t testing.TB, text string) snapshot.Snapshot {
 }
 
 // keyTopic is the subject of a key in announcements.
-func keyTopic(h apikey.KeyHash) string { return fmt.Sprintf("key %x", h[:8]) }
+func keyTopic(h apikey.KeyHash) feed.Topic { return feed.KeyTopic(binary.BigEndian.Uint64(h[:])) }
+
+// instant is now, as the cache counts it.
+func instant() clock.Instant { return clock.At(time.Now()) }
 
 // TestRule: when a record may decide a request. The feed's session began 100 s
 // ago, and its first beat was transaction 50.
@@ -53,7 +58,8 @@ func TestRule(t *testing.T) {
 	now := time.Now()
 	h := apikey.HashKey("k")
 	topic := keyTopic(h)
-	live := func(l *feed.Log) { l.Beat(now.Add(-100*time.Second), 50); l.Beat(now.Add(-time.Second), 90) }
+	ago := func(d time.Duration) clock.Instant { return clock.At(now.Add(-d)) }
+	live := func(l *feed.Log) { l.Beat(ago(100*time.Second), 50); l.Beat(ago(time.Second), 90) }
 	then := func(steps ...func(*feed.Log)) func(*feed.Log) {
 		return func(l *feed.Log) {
 			for _, step := range steps {
@@ -61,8 +67,8 @@ func TestRule(t *testing.T) {
 			}
 		}
 	}
-	announce := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.Announce(topic, xid) } }
-	announceAll := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.AnnounceAll(xid) } }
+	announce := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.Announce(topic, xid, instant()) } }
+	announceAll := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.AnnounceAll(feed.Key, xid) } }
 	end := func(l *feed.Log) { l.End(errStore) }
 	nothing := func(*feed.Log) {}
 
@@ -92,17 +98,19 @@ func TestRule(t *testing.T) {
 		"two, the later one seen only":      {then(live, announce(58), announce(57)), "55:60:57", never},
 		"two, the earlier one seen only":    {then(live, announce(57), announce(58)), "55:59:57", vouched}, // cannot be: see feed.mark
 		"a larger one before":               {then(live, announce(70), announce(58)), "55:60:57", never},
-		"another subject":                   {then(live, func(l *feed.Log) { l.Announce("key 0000000000000000", 70) }), "60:60:", vouched},
-		"the same bytes as a plan":          {then(live, func(l *feed.Log) { l.Announce("plan"+topic[3:], 70) }), "60:60:", vouched},
+		"another subject":                   {then(live, func(l *feed.Log) { l.Announce(feed.KeyTopic(0), 70, instant()) }), "60:60:", vouched},
+		"a plan":                            {then(live, func(l *feed.Log) { l.Announce(feed.PlanTopic("org_1"), 70, instant()) }), "60:60:", vouched},
+		"a tier":                            {then(live, func(l *feed.Log) { l.Announce(feed.TierTopic(""), 70, instant()) }), "60:60:", vouched},
+		"all plans":                         {then(live, func(l *feed.Log) { l.AnnounceAll(feed.Plan, 70) }), "60:60:", vouched},
 		"everything, seen":                  {then(live, announceAll(59)), "60:60:", vouched},
 		"everything, not seen":              {then(live, announceAll(60)), "60:60:", never},
 		"session ended":                     {then(live, end), "60:60:", byAge},
 		"session ended, announced before":   {then(live, announce(60), end), "60:60:", never},
-		"new session, seen by the old only": {then(live, end, func(l *feed.Log) { l.Beat(now.Add(-time.Second), 70) }), "60:60:", byAge},
-		"lease run out":                     {func(l *feed.Log) { l.Beat(now.Add(-10*time.Second), 50) }, "60:60:", byAge},
+		"new session, seen by the old only": {then(live, end, func(l *feed.Log) { l.Beat(ago(time.Second), 70) }), "60:60:", byAge},
+		"lease run out":                     {func(l *feed.Log) { l.Beat(ago(10*time.Second), 50) }, "60:60:", byAge},
 		"lease about to run out": {func(l *feed.Log) {
-			l.Beat(now.Add(-400*time.Second), 50)
-			l.Beat(now.Add(-10*time.Second+1), 90)
+			l.Beat(ago(400*time.Second), 50)
+			l.Beat(ago(10*time.Second-1), 90)
 		}, "60:60:", vouched},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -166,7 +174,7 @@ func TestJoinedFlight(t *testing.T) {
 		go ask(before)
 		synctest.Wait()
 		time.Sleep(time.Millisecond)
-		cache.Log().Announce(keyTopic(h), 15)
+		cache.Log().Announce(keyTopic(h), 15, instant())
 		for range cap(after) {
 			go ask(after)
 		}

@@ -2,10 +2,12 @@ package migrations_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -48,8 +50,8 @@ func TestApplyAgain(t *testing.T) {
 	var plans, applied int
 	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
 		Scan(&plans, &applied)
-	if err != nil || plans != 1 || applied != 1 {
-		t.Errorf("%d plans, %d migrations, %v; want 1, 1", plans, applied, err)
+	if err != nil || plans != 1 || applied != 2 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 2", plans, applied, err)
 	}
 }
 
@@ -57,7 +59,7 @@ func TestApplyAgain(t *testing.T) {
 func TestApplyTogether(t *testing.T) {
 	pool := testservers.Postgres(t)
 	exec(t, pool, `DROP TABLE api_keys, org_plans, plan_catalogue, apikey_migrations;
-		DROP FUNCTION apikey_announce_key, apikey_announce_plan, apikey_announce_all`)
+		DROP FUNCTION apikey_announce_row, apikey_announce_tier, apikey_announce_all`)
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -171,7 +173,39 @@ func TestAnnouncements(t *testing.T) {
 			DELETE FROM organisations`,
 			[]string{k3},
 		},
-		{"truncate keys", `TRUNCATE api_keys`, []string{"all"}},
+		{
+			"on conflict", `INSERT INTO organisations VALUES ('o'); INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('1')), ('o', sha256('3'))
+				ON CONFLICT (key_hash) DO UPDATE SET active = NOT api_keys.active`, []string{k1, k3},
+		},
+		{
+			"on conflict, both ways", `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('1')), ('o', sha256('2'))
+				ON CONFLICT (key_hash) DO UPDATE SET active = NOT api_keys.active`, []string{k1, k2},
+		},
+		{"on conflict, nothing changes", `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('1')) ON CONFLICT (key_hash) DO NOTHING`, nil},
+		{
+			"merge", `DO $$ BEGIN IF current_setting('server_version_num')::int >= 150000 THEN EXECUTE '
+				MERGE INTO api_keys k USING (VALUES (sha256(''1''), false), (sha256(''2''), true), (sha256(''3''), false)) AS v (h, gone) ON k.key_hash = h
+				WHEN MATCHED AND gone THEN DELETE
+				WHEN MATCHED THEN UPDATE SET expires_at = now()
+				WHEN NOT MATCHED THEN INSERT (org_id, key_hash) VALUES (''o'', h)';
+				ELSE INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('3')); UPDATE api_keys SET expires_at = now(); DELETE FROM api_keys WHERE key_hash = sha256('2');
+				END IF; END $$`, []string{k1, k2, k3},
+		},
+		{
+			"as a replica", `SET session_replication_role = replica; UPDATE api_keys SET active = NOT active WHERE key_hash = sha256('1');
+			RESET session_replication_role`, []string{k1},
+		},
+		{"truncate keys", `TRUNCATE api_keys`, []string{"keys"}},
+		{"a thousand keys", `INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1, 1000) i`, many(1000)},
+		{
+			"more than a thousand keys", `UPDATE api_keys SET active = false; INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1001, 3000) i`,
+			append(many(1000), "keys"),
+		},
+		{
+			"and back to a savepoint", `BEGIN; SAVEPOINT a; DELETE FROM api_keys WHERE key_hash > sha256('2'); ROLLBACK TO a; DELETE FROM api_keys WHERE key_hash = sha256('2'); COMMIT`,
+			[]string{k2},
+		},
+		{"the last truncated", `TRUNCATE api_keys`, []string{"keys"}},
 
 		{"subscribe", `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active'), ('a b', 'basic', 'active')`, []string{"plan a b", "plan o"}},
 		{"payment fails", `UPDATE org_plans SET status = 'payment_failed' WHERE org_id = 'o'`, []string{"plan o"}},
@@ -181,10 +215,17 @@ func TestAnnouncements(t *testing.T) {
 		{"rename an organisation", `UPDATE org_plans SET org_id = 'p' WHERE org_id = 'o'`, []string{"plan o", "plan p"}},
 		{"not read", `UPDATE org_plans SET created_at = now()`, nil},
 		{"rename a tier", `UPDATE plan_catalogue SET name = 'free' WHERE name = 'basic'`, []string{"plan a b", "plan p"}},
-		{"tier gets the API", `UPDATE plan_catalogue SET api_access = true WHERE name = 'free'`, []string{"all"}},
+		{"tier gets the API", `UPDATE plan_catalogue SET api_access = true WHERE name = 'free'`, []string{"tier free"}},
+		{"tier gets another name and loses the API", `UPDATE plan_catalogue SET api_access = false, name = 'none' WHERE name = 'free'`, []string{"plan a b", "plan p", "tier free", "tier none"}},
+		{"tier gets what it has", `UPDATE plan_catalogue SET api_access = false WHERE name = 'none'`, nil},
 		{"new tier", `INSERT INTO plan_catalogue VALUES ('gold', true)`, nil},
 		{"unsubscribe", `DELETE FROM org_plans WHERE org_id = 'p'`, []string{"plan p"}},
-		{"truncate plans", `TRUNCATE org_plans`, []string{"all"}},
+		{"truncate plans", `TRUNCATE org_plans`, []string{"plans"}},
+		{
+			"more than a thousand plans", `INSERT INTO org_plans (org_id, plan, status) SELECT i, 'starter', 'active' FROM generate_series(1, 1001) i`,
+			append(manyPlans(1000), "plans"),
+		},
+		{"truncate the catalogue", `TRUNCATE plan_catalogue CASCADE`, []string{"plans"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			exec(t, pool, c.sql)
@@ -206,6 +247,72 @@ func TestAnnouncements(t *testing.T) {
 				t.Errorf("announced %q, want %q", got, c.want)
 			}
 		})
+	}
+}
+
+// many are the announcements of the keys 1 to n.
+func many(n int) (payloads []string) {
+	for i := range n {
+		h := sha256.Sum256([]byte(strconv.Itoa(i + 1)))
+		payloads = append(payloads, fmt.Sprintf("key %x", h[:8]))
+	}
+	return payloads
+}
+
+// manyPlans are those of the plans of organisations 1 to n.
+func manyPlans(n int) (payloads []string) {
+	for i := range n {
+		payloads = append(payloads, fmt.Sprint("plan ", i+1))
+	}
+	return payloads
+}
+
+// TestBulkIsAnnouncedOnce: a large change costs a bounded number of notices, in
+// whatever way it is made.
+func TestBulkIsAnnouncedOnce(t *testing.T) {
+	pool := testservers.Postgres(t)
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
+		t.Fatal(err)
+	}
+	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
+	for name, change := range map[string]func() error{
+		"COPY": func() error {
+			_, err := pool.CopyFrom(t.Context(), pgx.Identifier{"org_plans"}, []string{"org_id", "plan", "status"}, pgx.CopyFromSlice(5000, func(i int) ([]any, error) {
+				return []any{fmt.Sprint("org ", i), "starter", "active"}, nil
+			}))
+			return err
+		},
+		"UPDATE": func() error {
+			_, err := pool.Exec(t.Context(), `UPDATE org_plans SET status = status || '.'`)
+			return err
+		},
+		"many statements": func() error {
+			_, err := pool.Exec(t.Context(), `DO $$ BEGIN FOR i IN 0..4999 LOOP UPDATE org_plans SET status = 's' WHERE org_id = 'org ' || i; END LOOP; END $$`)
+			return err
+		},
+		"cascade": func() error {
+			_, err := pool.Exec(t.Context(), `UPDATE plan_catalogue SET name = name || '.'`)
+			return err
+		},
+	} {
+		exec(t, pool, `UPDATE plan_catalogue SET name = 'starter'`)
+		if name != "COPY" {
+			exec(t, pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, c.name, 'active' FROM generate_series(0, 4999) i, plan_catalogue c ON CONFLICT DO NOTHING`)
+		}
+		announced(t, conn, pool)
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		got := announced(t, conn, pool)
+		if n := len(got); n != 1001 || !strings.HasPrefix(got[n-1], "plans ") {
+			t.Errorf("%s: %d notices, want 1000 and one for all plans", name, n)
+		}
+		exec(t, pool, `TRUNCATE org_plans`)
 	}
 }
 

@@ -13,6 +13,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey/internal/clock"
 )
 
 // Channel is where the triggers of the migrations announce.
@@ -32,7 +34,7 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	backoff := minBackoff
 	for {
 		err := follow(ctx, pool, log)
-		if log.State().session != nil {
+		if log.Session() != nil {
 			backoff = minBackoff // it worked for a while
 		}
 		log.End(err)
@@ -81,13 +83,11 @@ func follow(ctx context.Context, pool *pgxpool.Pool, log *Log) error {
 		switch a.kind {
 		case kindBeat:
 			if sent, ok := beats.returned(a.subject); ok {
-				log.Beat(sent, a.xid)
+				log.Beat(clock.At(sent), a.xid)
 				heard = sent
 			}
-		case kindAll:
-			log.AnnounceAll(a.xid)
 		default:
-			log.Announce(a.kind+" "+a.subject, a.xid)
+			a.enter(log, clock.At(time.Now()))
 		}
 	}
 }
@@ -164,28 +164,65 @@ func (b *beats) fault() error {
 	return b.err
 }
 
-// The kinds of announcements: "key <xid> <subject>", "plan <xid> <subject>",
+// The kinds of announcements: "key <xid> <first 8 bytes of the hash, in hex>",
+// "plan <xid> <organisation>", "tier <xid> <name>", "keys <xid>", "plans <xid>",
 // "all <xid>", "beat <xid> <nonce>".
 const (
-	kindKey  = "key"
-	kindPlan = "plan"
-	kindAll  = "all"
-	kindBeat = "beat"
+	kindKey   = "key"
+	kindPlan  = "plan"
+	kindTier  = "tier"
+	kindKeys  = "keys"
+	kindPlans = "plans"
+	kindAll   = "all"
+	kindBeat  = "beat"
 )
 
 type announcement struct {
 	kind    string
 	xid     uint64
 	subject string
+	key     uint64 // of kindKey: the subject as a number
 }
 
-func parse(payload string) (announcement, error) {
+func parse(payload string) (a announcement, err error) {
 	kind, rest, _ := strings.Cut(payload, " ")
 	xidText, subject, more := strings.Cut(rest, " ")
-	xid, err := strconv.ParseUint(xidText, 10, 64)
-	known := more && (kind == kindKey || kind == kindPlan || kind == kindBeat) || !more && kind == kindAll
-	if err != nil || xid == 0 || !known {
+	a.kind, a.subject = kind, subject
+	a.xid, err = strconv.ParseUint(xidText, 10, 64)
+	known := a.xid != 0
+	switch kind {
+	case kindKey:
+		if a.key, _ = strconv.ParseUint(subject, 16, 64); fmt.Sprintf("%016x", a.key) != subject {
+			known = false
+		}
+	case kindPlan, kindTier, kindBeat:
+		known = known && more
+	case kindKeys, kindPlans, kindAll:
+		known = known && !more
+	default:
+		known = false
+	}
+	if err != nil || !known {
 		return announcement{}, fmt.Errorf("an announcement of unknown form: %q", payload)
 	}
-	return announcement{kind, xid, subject}, nil
+	return a, nil
+}
+
+// enter enters what was announced in log.
+func (a announcement) enter(log *Log, now clock.Instant) {
+	switch a.kind {
+	case kindKey:
+		log.Announce(KeyTopic(a.key), a.xid, now)
+	case kindPlan:
+		log.Announce(PlanTopic(a.subject), a.xid, now)
+	case kindTier:
+		log.Announce(TierTopic(a.subject), a.xid, now)
+	case kindKeys:
+		log.AnnounceAll(Key, a.xid)
+	case kindPlans:
+		log.AnnounceAll(Plan, a.xid)
+	case kindAll:
+		log.AnnounceAll(Key, a.xid)
+		log.AnnounceAll(Plan, a.xid)
+	}
 }

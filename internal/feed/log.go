@@ -1,36 +1,89 @@
 // Package feed knows what has changed in Postgres since a record was read.
 //
-// Log is the knowledge: the announced transactions of each subject, and whether
-// the announcements are known to be complete. Follow fills it, from LISTEN and
-// NOTIFY; another source could.
+// Log is the knowledge: the announced transactions of each topic, and whether the
+// announcements are known to be complete. Follow fills it, from LISTEN and NOTIFY;
+// another source could.
 package feed
 
 import (
+	"hash/maphash"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
-// capacity is the number of subjects whose announcements a Log tells apart.
-const capacity = 65_536
+// A Kind is a kind of topics.
+type Kind uint8
+
+// The kinds of topics: one key, the plan of one organisation, the plans of one tier.
+const (
+	Key Kind = iota
+	Plan
+	Tier
+	kinds
+)
+
+// A Topic is what an announcement is about. Two subjects may share one, which costs
+// a needless read and nothing else.
+type Topic struct {
+	kind Kind
+	id   uint64
+}
+
+var seed = maphash.MakeSeed()
+
+// KeyTopic returns the topic of a key by the first 8 bytes of its hash, big-endian.
+func KeyTopic(id uint64) Topic { return Topic{Key, id} }
+
+// PlanTopic returns the topic of an organisation's plan.
+func PlanTopic(orgID string) Topic { return Topic{Plan, maphash.String(seed, orgID)} }
+
+// TierTopic returns the topic of all plans of a tier.
+func TierTopic(name string) Topic { return Topic{Tier, maphash.String(seed, name)} }
+
+// Cell returns the number of the cell that a topic is in: see [Log.Epoch].
+func (t Topic) Cell() Cell { return Cell(t.id % cells) }
+
+// A Cell is one of some thousand groups of topics.
+type Cell uint16
+
+const (
+	cells    = 4096
+	capacity = 65_536 // topics of a kind whose announcements a Log tells apart
+)
 
 // A Log is what has been announced. It is safe for concurrent use.
 type Log struct {
-	lease time.Duration
-	state atomic.Pointer[State]
+	lease   time.Duration
+	life    time.Duration
+	session atomic.Pointer[Session]
+	epochs  [cells]atomic.Uint32
 
 	mu       sync.RWMutex
-	marks    map[string]mark // by subject
-	all      mark            // for every subject
+	marks    [kinds]marks
 	suspects []suspect
 
 	announcements, unannounced atomic.Uint64
 	fault                      atomic.Pointer[error]
 }
 
-// A mark stands for the announced transactions of one subject. Postgres commits
+// marks are the announcements of one kind. They are dropped after one to two lives
+// of a record: what is older than they are is not used any more, and what is younger
+// has seen them.
+type marks struct {
+	young, old map[uint64]mark
+	since      clock.Instant // of young
+	all        mark          // for every topic of the kind
+}
+
+func (m *marks) seenBy(s snapshot.Snapshot, id uint64) bool {
+	return m.young[id].seenBy(s) && m.old[id].seenBy(s) && m.all.seenBy(s)
+}
+
+// A mark stands for the announced transactions of one topic. Postgres commits
 // transactions that notify one after the other, so whoever sees the last one
 // announced sees all before it; the largest is kept in case it ever stops to.
 type mark struct{ last, largest uint64 }
@@ -41,75 +94,117 @@ func (m mark) seenBy(s snapshot.Snapshot) bool {
 	return m.last == 0 || s.Sees(m.last) && s.Sees(m.largest)
 }
 
-// A State is one state of a Log. It is replaced by every announcement, so what
-// was found out under a State holds for as long as the Log has the same one.
-type State struct{ session *session }
-
-// A session is a time through which every announcement is received.
-type session struct {
-	start     time.Time
-	firstBeat uint64                    // a transaction that was announced when announcements were already received
-	renewed   atomic.Pointer[time.Time] // when the last beat that came back was sent
+// A Session is a time through which every announcement is received.
+type Session struct {
+	start     clock.Instant
+	firstBeat uint64                        // a transaction that was announced when announcements were already received
+	renewed   atomic.Pointer[clock.Instant] // when the last beat that came back was sent
 }
 
 // A suspect is a record that was found to be out of date and was not refuted.
 type suspect struct {
-	subject string
-	snap    snapshot.Snapshot
-	found   time.Time
+	snap   snapshot.Snapshot
+	topics []Topic
+	found  clock.Instant
 }
 
 // maxSuspects bounds the suspects between two beats; more are not counted.
 const maxSuspects = 1024
 
-// NewLog returns an empty Log without a session. A session is live for lease
-// after the sending of the last beat that came back.
-func NewLog(lease time.Duration) *Log {
-	l := &Log{lease: lease, marks: map[string]mark{}}
-	l.state.Store(new(State))
+// NewLog returns an empty Log without a session. A session is live for lease after
+// the sending of the last beat that came back. No record is used for longer than
+// life.
+func NewLog(lease, life time.Duration) *Log {
+	l := &Log{lease: lease, life: life}
+	for kind := range l.marks {
+		l.marks[kind].young = map[uint64]mark{}
+	}
+	for cell := range l.epochs {
+		l.epochs[cell].Store(1)
+	}
 	return l
 }
 
-// Announce notes that transaction xid has changed subject.
-func (l *Log) Announce(subject string, xid uint64) {
+// Announce notes at now that transaction xid has changed what is under topic.
+func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.marks) >= capacity {
-		// Too many to tell apart: what has not seen the last of them has to go.
-		for _, m := range l.marks {
-			l.all.largest = max(l.all.largest, m.largest)
-		}
-		clear(l.marks)
-		l.all = l.all.with(xid)
-	} else {
-		l.marks[subject] = l.marks[subject].with(xid)
+	m := &l.marks[topic.kind]
+	if m.since.Age(now) >= l.life {
+		m.old, m.young, m.since = m.young, map[uint64]mark{}, now
 	}
-	l.changed()
+	if len(m.young) < capacity {
+		m.young[topic.id] = m.young[topic.id].with(xid)
+	} else {
+		// Too many to tell apart: what has not seen the last of them has to go.
+		for _, other := range m.young {
+			m.all.largest = max(m.all.largest, other.largest)
+		}
+		clear(m.young)
+		l.announceAll(topic.kind, xid)
+	}
+	l.announcements.Add(1)
+	if topic.kind == Tier { // no record has that for its cell
+		l.newEpochs()
+		return
+	}
+	l.epochs[topic.Cell()].Add(1)
 }
 
-// AnnounceAll notes that transaction xid may have changed any subject.
-func (l *Log) AnnounceAll(xid uint64) {
+// AnnounceAll notes that transaction xid may have changed everything of a kind.
+func (l *Log) AnnounceAll(kind Kind, xid uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.all = l.all.with(xid)
-	l.changed()
+	l.announcements.Add(1)
+	l.announceAll(kind, xid)
 }
 
-// changed ends the present State. The caller holds the lock.
-func (l *Log) changed() {
-	l.announcements.Add(1)
-	l.state.Store(&State{l.state.Load().session})
+func (l *Log) announceAll(kind Kind, xid uint64) {
+	l.marks[kind].all = l.marks[kind].all.with(xid)
+	l.newEpochs()
+}
+
+func (l *Log) newEpochs() {
+	for cell := range l.epochs {
+		l.epochs[cell].Add(1)
+	}
+}
+
+// Epoch returns a number, never 0, that changes whenever something is announced that
+// concerns a topic in the cell. What Refuted reported holds as long as the number
+// that was read before stays the same.
+func (l *Log) Epoch(cell Cell) uint32 { return l.epochs[cell].Load() }
+
+// Refuted reports whether a change of one of the topics has been announced that a
+// record read in snap has not seen. A record without a snapshot is never refuted.
+func (l *Log) Refuted(snap snapshot.Snapshot, topics ...Topic) bool {
+	if snap.IsZero() {
+		return false
+	}
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.refuted(snap, topics)
+}
+
+func (l *Log) refuted(snap snapshot.Snapshot, topics []Topic) bool {
+	for _, t := range topics {
+		if !l.marks[t.kind].seenBy(snap, t.id) {
+			return true
+		}
+	}
+	return false
 }
 
 // Beat notes that a beat, sent at a time by transaction xid, has come back. The
 // first one begins a session that started with the sending.
-func (l *Log) Beat(sent time.Time, xid uint64) {
+func (l *Log) Beat(sent clock.Instant, xid uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := l.state.Load().session
+	s := l.session.Load()
 	if s == nil {
-		s = &session{start: sent, firstBeat: xid}
-		l.state.Store(&State{s})
+		s = &Session{start: sent, firstBeat: xid}
+		s.renewed.Store(&sent)
+		l.session.Store(s)
 	}
 	s.renewed.Store(&sent)
 
@@ -119,7 +214,7 @@ func (l *Log) Beat(sent time.Time, xid uint64) {
 		switch {
 		case !suspect.found.Before(sent):
 			kept = append(kept, suspect)
-		case !l.refuted(suspect.subject, suspect.snap):
+		case !l.refuted(suspect.snap, suspect.topics):
 			l.unannounced.Add(1)
 		}
 	}
@@ -132,7 +227,7 @@ func (l *Log) End(err error) {
 	defer l.mu.Unlock()
 	l.suspects = nil
 	l.fault.Store(&err)
-	l.state.Store(new(State))
+	l.session.Store(nil)
 }
 
 // Fault returns why the last session ended, or none began; nil if none was tried.
@@ -143,41 +238,31 @@ func (l *Log) Fault() error {
 	return nil
 }
 
-// State returns the present state.
-func (l *Log) State() *State { return l.state.Load() }
+// Session returns the present session, or nil.
+func (l *Log) Session() *Session { return l.session.Load() }
 
-// Refuted reports whether a change of subject has been announced that a record
-// read in snap has not seen. A record without a snapshot is never refuted.
-func (l *Log) Refuted(subject string, snap snapshot.Snapshot) bool {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	return l.refuted(subject, snap)
-}
-
-func (l *Log) refuted(subject string, snap snapshot.Snapshot) bool {
-	return !snap.IsZero() && (!l.marks[subject].seenBy(snap) || !l.all.seenBy(snap))
-}
-
-// Live reports whether st has a session and its lease has not run out at now.
-func (l *Log) Live(st *State, now time.Time) bool {
-	return st.session != nil && Age(*st.session.renewed.Load(), now) < l.lease
+// Live reports whether there is a session whose lease has not run out at now.
+func (l *Log) Live(now clock.Instant) bool {
+	s := l.session.Load()
+	return s != nil && s.renewed.Load().Age(now) < l.lease
 }
 
 // Covers reports whether every change that a record, read at a time in snap, has
-// not seen was or will be announced in the session of st: the record was read
+// not seen was or will be announced in the present session: the record was read
 // after the session began, by this clock and by Postgres.
-func (st *State) Covers(snap snapshot.Snapshot, readAt time.Time) bool {
-	return st.session != nil && !readAt.Before(st.session.start) && snap.Sees(st.session.firstBeat)
+func (l *Log) Covers(snap snapshot.Snapshot, readAt clock.Instant) bool {
+	s := l.session.Load()
+	return s != nil && !readAt.Before(s.start) && snap.Sees(s.firstBeat)
 }
 
-// Suspect notes at a time that the store has other facts than a record read in
-// snap, which was covered and not refuted. If the change is not announced before
-// the next beat it never will be, and is counted.
-func (l *Log) Suspect(subject string, snap snapshot.Snapshot, found time.Time) {
+// Suspect notes that at a time the store had other facts than a record read in snap,
+// which was covered and not refuted. If the change is not announced before the next
+// beat it never will be, and is counted.
+func (l *Log) Suspect(found clock.Instant, snap snapshot.Snapshot, topics ...Topic) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.suspects) < maxSuspects {
-		l.suspects = append(l.suspects, suspect{subject, snap, found})
+		l.suspects = append(l.suspects, suspect{snap, topics, found})
 	}
 }
 
@@ -186,11 +271,3 @@ func (l *Log) Announcements() uint64 { return l.announcements.Load() }
 
 // Unannounced returns the number of changes that were found and not announced.
 func (l *Log) Unannounced() uint64 { return l.unannounced.Load() }
-
-// Age is the time from then to now by the monotonic clock or by the wall clock,
-// whichever is more: the one stands still while a machine is suspended, the
-// other can be set back. A time without monotonic reading, such as another
-// machine's, has only the latter.
-func Age(then, now time.Time) time.Duration {
-	return max(now.Sub(then), time.Duration(now.UnixNano()-then.UnixNano()))
-}

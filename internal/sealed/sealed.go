@@ -63,6 +63,9 @@ func AppendBool(b []byte, v bool) []byte {
 	return append(b, 0)
 }
 
+// AppendInt appends n to b.
+func AppendInt(b []byte, n int64) []byte { return binary.AppendVarint(b, n) }
+
 // AppendTime appends t to b, to the nanosecond and of any year. The zero time
 // stays the zero time; the location is not kept.
 func AppendTime(b []byte, t time.Time) []byte {
@@ -108,10 +111,19 @@ func (d *Decoder) Bool() bool {
 	return v
 }
 
+// Int reads an integer.
+func (d *Decoder) Int() int64 {
+	v, n := binary.Varint(d.rest)
+	d.skip(n)
+	if d.failed {
+		return 0
+	}
+	return v
+}
+
 // Time reads a time, in UTC.
 func (d *Decoder) Time() time.Time {
-	seconds, n := binary.Varint(d.rest)
-	d.skip(n)
+	seconds := d.Int()
 	nanos := d.uvarint()
 	if d.failed || nanos >= uint64(time.Second) {
 		d.failed = true

@@ -18,8 +18,8 @@ import (
 // A Snapshot is a parsed pg_snapshot. The zero value is "no stamp": it has seen
 // no transaction. Snapshots are immutable.
 type Snapshot struct {
-	xmin, xmax uint64   // all before xmin have ended; none from xmax on has
-	xip        []uint64 // in progress, xmin <= x < xmax, ascending
+	xmin, xmax uint64    // all before xmin have ended; none from xmax on has
+	xip        *[]uint64 // in progress, xmin <= x < xmax, ascending; nil: none, which is the rule and takes less memory
 }
 
 // Parse reads the text form "xmin:xmax:xip,xip,...".
@@ -35,15 +35,24 @@ func Parse(s string) (Snapshot, error) {
 	if list == "" {
 		return snap, nil
 	}
-	snap.xip = make([]uint64, 0, strings.Count(list, ",")+1)
+	xip := make([]uint64, 0, strings.Count(list, ",")+1)
 	for item := range strings.SplitSeq(list, ",") {
 		x, err := parseXID(item)
-		if err != nil || x < xmin || x >= xmax || len(snap.xip) > 0 && x <= snap.xip[len(snap.xip)-1] {
+		if err != nil || x < xmin || x >= xmax || len(xip) > 0 && x <= xip[len(xip)-1] {
 			return Snapshot{}, fmt.Errorf("snapshot: bad transaction %q in %q", item, s)
 		}
-		snap.xip = append(snap.xip, x)
+		xip = append(xip, x)
 	}
+	snap.xip = &xip
 	return snap, nil
+}
+
+// ParseOptional is Parse, but takes "" for the zero Snapshot, as String prints it.
+func ParseOptional(s string) (Snapshot, error) {
+	if s == "" {
+		return Snapshot{}, nil
+	}
+	return Parse(s)
 }
 
 // parseXID reads a decimal xid8 in the one form that Postgres prints, so that
@@ -65,7 +74,7 @@ func (s Snapshot) String() string {
 	b = append(b, ':')
 	b = strconv.AppendUint(b, s.xmax, 10)
 	b = append(b, ':')
-	for i, x := range s.xip {
+	for i, x := range s.running() {
 		if i > 0 {
 			b = append(b, ',')
 		}
@@ -86,8 +95,15 @@ func (s Snapshot) Sees(x uint64) bool {
 	if x >= s.xmax {
 		return false
 	}
-	_, inProgress := slices.BinarySearch(s.xip, x)
+	_, inProgress := slices.BinarySearch(s.running(), x)
 	return !inProgress
+}
+
+func (s Snapshot) running() []uint64 {
+	if s.xip == nil {
+		return nil
+	}
+	return *s.xip
 }
 
 // A Collector receives the stamp of the read that is made under its context. It

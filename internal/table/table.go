@@ -1,91 +1,171 @@
-// Package table is the in-process table of the cache: of a fixed size, safe for
-// concurrent use, and without locks, so that a hit costs a few loads however
-// many cores ask at once. It forgets when it is full. What an entry is worth is
-// for the caller to judge.
+// Package table is the in-process table of the cache: a bounded map, safe for
+// concurrent use. A hit takes no lock and writes at most one flag. When the table
+// is full, SIEVE decides what goes: what has not been used since the hand last
+// passed (Zhang et al., NSDI 2024, https://cachemon.github.io/SIEVE-website/).
+// Nothing goes while there is room, and memory is taken as it fills.
 package table
 
 import (
-	"math/bits"
-	"math/rand/v2"
+	"sync"
 	"sync/atomic"
 )
 
-const ways = 4
+const minBuckets = 64 // a power of two
 
 // A Table maps K to *V. Values are shared and must be treated as immutable.
 type Table[K comparable, V any] struct {
-	hash func(K) uint64
-	sets [][ways]atomic.Pointer[entry[K, V]]
+	hash    func(K) uint64
+	limit   int
+	buckets atomic.Pointer[[]bucket[K, V]]
+
+	mu             sync.Mutex // held by whoever changes what is below, or a chain
+	size           int
+	newest, oldest *entry[K, V]
+	hand           *entry[K, V] // the next candidate for eviction; nil: the oldest
 }
+
+// A bucket is a chain of entries with hashes alike.
+type bucket[K comparable, V any] struct{ first atomic.Pointer[entry[K, V]] }
 
 type entry[K comparable, V any] struct {
-	key   K
-	value *V
+	key          K
+	value        atomic.Pointer[V]
+	next         atomic.Pointer[entry[K, V]] // in the chain
+	newer, older *entry[K, V]
+	used         atomic.Bool // since the hand passed
 }
 
-// New returns a table of at least size slots, rounded up to a power of two; with
-// a size of zero or less it holds nothing. The hash must spread its low bits.
-func New[K comparable, V any](size int, hash func(K) uint64) *Table[K, V] {
-	t := &Table[K, V]{hash: hash}
-	if size > 0 {
-		sets := (size + ways - 1) / ways
-		t.sets = make([][ways]atomic.Pointer[entry[K, V]], 1<<bits.Len(uint(sets-1)))
-	}
+// New returns a table of at most limit entries; with a limit of zero or less it
+// holds nothing. The hash must spread its low bits.
+func New[K comparable, V any](limit int, hash func(K) uint64) *Table[K, V] {
+	t := &Table[K, V]{hash: hash, limit: limit}
+	buckets := make([]bucket[K, V], minBuckets)
+	t.buckets.Store(&buckets)
 	return t
 }
 
 // Get returns what Put last stored under key, or nil.
 func (t *Table[K, V]) Get(key K) *V {
-	if len(t.sets) == 0 {
-		return nil
-	}
-	set := t.set(key)
-	for i := range set {
-		if e := set[i].Load(); e != nil && e.key == key {
-			return e.value
+	for e := t.bucket(key).first.Load(); e != nil; e = e.next.Load() {
+		if e.key == key {
+			if !e.used.Load() { // a write would take the cache line from all other cores
+				e.used.Store(true)
+			}
+			return e.value.Load()
 		}
 	}
-	return nil
+	return nil // or the entry is just being moved by grow: then it is a miss too
 }
 
-// Put stores value under key: in the place of an older value, else in a free
-// slot, else in the place of some other entry. Two concurrent calls for one key
-// may leave either value.
+// Put stores value under key. If the table is full and key is new, another entry
+// goes.
 func (t *Table[K, V]) Put(key K, value *V) {
-	if len(t.sets) == 0 {
+	if t.limit <= 0 {
 		return
 	}
-	set := t.set(key)
-	free := -1
-	for i := range set {
-		e := set[i].Load()
-		if e != nil && e.key == key {
-			free = i
-			break
-		}
-		if e == nil && free < 0 {
-			free = i
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for e := t.bucket(key).first.Load(); e != nil; e = e.next.Load() {
+		if e.key == key {
+			e.value.Store(value)
+			return
 		}
 	}
-	if free < 0 {
-		free = rand.IntN(ways)
+	if t.size >= t.limit {
+		t.evict()
 	}
-	set[free].Store(&entry[K, V]{key, value})
+	if t.size >= len(*t.buckets.Load()) {
+		t.grow()
+	}
+	e := &entry[K, V]{key: key, older: t.newest}
+	e.value.Store(value)
+	b := t.bucket(key)
+	e.next.Store(b.first.Load())
+	b.first.Store(e)
+	if t.newest != nil {
+		t.newest.newer = e
+	} else {
+		t.oldest = e
+	}
+	t.newest = e
+	t.size++
 }
 
 // Delete forgets key.
 func (t *Table[K, V]) Delete(key K) {
-	if len(t.sets) == 0 {
-		return
-	}
-	set := t.set(key)
-	for i := range set {
-		if e := set[i].Load(); e != nil && e.key == key {
-			set[i].CompareAndSwap(e, nil)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for e := t.bucket(key).first.Load(); e != nil; e = e.next.Load() {
+		if e.key == key {
+			t.remove(e)
+			return
 		}
 	}
 }
 
-func (t *Table[K, V]) set(key K) *[ways]atomic.Pointer[entry[K, V]] {
-	return &t.sets[t.hash(key)&uint64(len(t.sets)-1)]
+// Len returns the number of entries.
+func (t *Table[K, V]) Len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.size
+}
+
+// evict removes one entry. The caller holds the lock, and the table is not empty.
+func (t *Table[K, V]) evict() {
+	e := t.hand
+	for {
+		if e == nil {
+			e = t.oldest
+		}
+		if !e.used.Load() {
+			break
+		}
+		e.used.Store(false)
+		e = e.newer
+	}
+	t.hand = e // remove moves it on
+	t.remove(e)
+}
+
+// remove removes e. The caller holds the lock. Readers that stand on e go on along
+// its chain.
+func (t *Table[K, V]) remove(e *entry[K, V]) {
+	link := &t.bucket(e.key).first
+	for link.Load() != e {
+		link = &link.Load().next
+	}
+	link.Store(e.next.Load())
+
+	if t.hand == e {
+		t.hand = e.newer
+	}
+	if e.newer != nil {
+		e.newer.older = e.older
+	} else {
+		t.newest = e.older
+	}
+	if e.older != nil {
+		e.older.newer = e.newer
+	} else {
+		t.oldest = e.newer
+	}
+	t.size--
+}
+
+// grow doubles the buckets. The caller holds the lock. A reader that stands on an
+// entry while it is moved may follow it into another chain and miss; it does not
+// run in circles, since an entry only ever leads to those moved before it.
+func (t *Table[K, V]) grow() {
+	buckets := make([]bucket[K, V], 2*len(*t.buckets.Load()))
+	for e := t.newest; e != nil; e = e.older {
+		b := &buckets[t.hash(e.key)&uint64(len(buckets)-1)]
+		e.next.Store(b.first.Load())
+		b.first.Store(e)
+	}
+	t.buckets.Store(&buckets)
+}
+
+func (t *Table[K, V]) bucket(key K) *bucket[K, V] {
+	buckets := *t.buckets.Load()
+	return &buckets[t.hash(key)&uint64(len(buckets)-1)]
 }

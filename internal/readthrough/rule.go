@@ -1,0 +1,75 @@
+// Package readthrough is the way of a lookup: memory, then Redis, then the store.
+//
+// What was read is kept as a Record, with the time and the Postgres snapshot it was
+// read in, and judged when it is used: rule.go. Layer is the way itself, for one
+// kind of facts, and Store is the way to where they come from.
+package readthrough
+
+import (
+	"sync/atomic"
+	"time"
+
+	"github.com/trackpilots/apikey/internal/clock"
+	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/snapshot"
+)
+
+// A Stamp says when a record was read.
+type Stamp struct {
+	Snapshot snapshot.Snapshot // of the reading statement; zero if the store has none
+	ReadAt   clock.Instant     // before the statement was sent
+}
+
+// A Record is what one read told of a subject.
+type Record[V any] struct {
+	Value V
+	Stamp
+	cleared atomic.Uint32 // the last epoch of the cell in which it was not refuted
+	cell    feed.Cell
+	Found   bool // false: "looked, and it is not there"
+}
+
+// Limits are how long records may be used.
+type Limits struct {
+	MaxRefusalStaleness time.Duration // to refuse
+	MaxStaleness        time.Duration // to admit
+	RefreshAfter        time.Duration // to do either, while every change is known to be announced
+	StaleIfError        time.Duration // to admit, while the store cannot be read
+}
+
+// Usable reports whether rec may decide a request at now. It may not if a change is
+// announced that it has not seen. Otherwise it may while it is young, and longer
+// while every change is known to be announced.
+func (l *Layer[S, V]) Usable(subject S, rec *Record[V], now clock.Instant) bool {
+	if l.refuted(subject, rec) {
+		return false
+	}
+	age, limits := rec.ReadAt.Age(now), &l.shared.Limits
+	return age < limits.MaxRefusalStaleness ||
+		age < limits.RefreshAfter && l.shared.Log.Live(now) && l.shared.Log.Covers(rec.Snapshot, rec.ReadAt) ||
+		age < limits.MaxStaleness && l.admits(rec, now)
+}
+
+// usableIfError reports whether rec, although not usable, may admit a request at
+// now because the store cannot be read.
+func (l *Layer[S, V]) usableIfError(subject S, rec *Record[V], now clock.Instant) bool {
+	return rec.ReadAt.Age(now) < l.shared.Limits.StaleIfError && l.admits(rec, now) && !l.refuted(subject, rec)
+}
+
+func (l *Layer[S, V]) admits(rec *Record[V], now clock.Instant) bool {
+	return rec.Found && l.kind.Admits(&rec.Value, now.Time())
+}
+
+// refuted reports whether a change is announced that rec has not seen.
+func (l *Layer[S, V]) refuted(subject S, rec *Record[V]) bool {
+	epoch := l.shared.Log.Epoch(rec.cell)
+	if rec.cleared.Load() == epoch {
+		return false
+	}
+	a, b := l.kind.Topics(subject, &rec.Value)
+	if l.shared.Log.Refuted(rec.Snapshot, a, b) {
+		return true
+	}
+	rec.cleared.Store(epoch)
+	return false
+}

@@ -1,0 +1,144 @@
+package readthrough
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/sony/gobreaker/v2"
+
+	"github.com/trackpilots/apikey/internal/batch"
+	"github.com/trackpilots/apikey/internal/clock"
+	"github.com/trackpilots/apikey/internal/snapshot"
+)
+
+const (
+	// A store that fails this often in a row is not asked for a while, and then by one
+	// batch at a time, so that an outage does not cost every request its budget.
+	breakAfter = 3
+	breakFor   = time.Second
+
+	// A store that finds one subject at a time is asked for this many at once, for
+	// each batch that another would be asked for.
+	lookupsPerBatch = 4
+
+	// maxAbandoned bounds the lookups that a store does not return from.
+	maxAbandoned = 64
+)
+
+// ErrBusy is the error of a lookup for which no connection was free: the store may
+// be well.
+var ErrBusy = errors.New("all connections are in use")
+
+// A Store is the way to where facts come from: in batches, at a limited rate, and
+// not at all for a while when it has failed.
+type Store[S comparable, V any] struct {
+	batches *batch.Batcher[S, *Record[V]]
+	adopt   func(*Record[V])
+}
+
+// A Reader reads facts, each of type F. One and Many must stamp what they read: see
+// [snapshot.Report].
+type Reader[S comparable, V, F any] struct {
+	One     func(context.Context, S) (fact F, found bool, err error) // unused if there is Many
+	Many    func(context.Context, []S) (map[S]F, error)              // absent subjects are left out; nil: one at a time
+	Trusted bool                                                     // they return when their context ends
+	Fill    func(*Record[V], F)                                      // sets the value of a record that was found
+	Adopt   func(*Record[V])                                         // changes a record that is from Redis; nil: it stays
+}
+
+// NewStore returns the way to a store for the records of a layer.
+func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[S, V] {
+	stats, limits, many := &l.shared.Stats, l.shared.Batches, r.Many
+	if many == nil {
+		limits.AtOnce, limits.Size = lookupsPerBatch*limits.AtOnce, 1
+		many = func(ctx context.Context, subjects []S) (map[S]F, error) {
+			fact, found, err := r.One(ctx, subjects[0])
+			if err != nil || !found {
+				return nil, err
+			}
+			return map[S]F{subjects[0]: fact}, nil
+		}
+	}
+	if !r.Trusted {
+		many = abandonable(stats, many)
+	}
+	breaker := gobreaker.NewCircuitBreaker[[]*Record[V]](gobreaker.Settings{
+		Timeout:      breakFor,
+		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, ErrBusy) },
+	})
+	read := func(ctx context.Context, subjects []S) ([]*Record[V], error) {
+		stats.Batches.Add(1)
+		stats.Reads.Add(uint64(len(subjects)))
+		ctx, collector := snapshot.Collect(ctx)
+		stamp := Stamp{ReadAt: clock.At(time.Now())}
+		facts, err := many(ctx, subjects)
+		if err != nil {
+			return nil, err
+		}
+		stamp.Snapshot = collector.Snapshot()
+		records := make([]*Record[V], len(subjects))
+		for i, subject := range subjects {
+			records[i] = l.NewRecord(subject, stamp)
+			if fact, ok := facts[subject]; ok {
+				records[i].Found = true
+				r.Fill(records[i], fact)
+			}
+		}
+		return records, nil
+	}
+	return &Store[S, V]{
+		adopt: r.Adopt,
+		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]*Record[V], error) {
+			records, err := breaker.Execute(func() ([]*Record[V], error) { return read(ctx, subjects) })
+			if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
+				err = fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breakFor, err)
+			}
+			return records, err
+		}),
+	}
+}
+
+// abandonable returns many, but so that it returns when its context ends, whatever
+// the store does. A lookup that the store does not return from goes on, and is
+// counted for as long as it does.
+func abandonable[S comparable, F any](stats *Stats, many func(context.Context, []S) (map[S]F, error)) func(context.Context, []S) (map[S]F, error) {
+	type answer struct {
+		facts map[S]F
+		err   error
+	}
+	return func(ctx context.Context, subjects []S) (map[S]F, error) {
+		if n := stats.Abandoned.Load(); n >= maxAbandoned {
+			return nil, fmt.Errorf("apikey: the store has not returned from %d lookups: it must honour its context", n)
+		}
+		answers := make(chan answer, 1)
+		go func() {
+			var a answer
+			defer func() {
+				if p := recover(); p != nil {
+					a = answer{err: fmt.Errorf("apikey: the store panicked: %v", p)}
+				}
+				answers <- a
+			}()
+			a.facts, a.err = many(ctx, subjects)
+		}()
+		select {
+		case a := <-answers:
+			return a.facts, a.err
+		case <-ctx.Done():
+		}
+		select { // it may honour its context, and be about to return
+		case a := <-answers:
+			return a.facts, a.err
+		case <-time.After(time.Millisecond):
+		}
+		stats.Abandoned.Add(1)
+		go func() {
+			<-answers
+			stats.Abandoned.Add(-1)
+		}()
+		return nil, fmt.Errorf("apikey: the store did not answer in time: %w", context.Cause(ctx))
+	}
+}

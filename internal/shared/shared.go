@@ -1,0 +1,205 @@
+// Package shared is what all replicas share: sealed records in Redis, by name. It is
+// never worth waiting for: what is slow, missing or not sealed under the secret is a
+// miss, and what cannot be written is left out.
+package shared
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/sony/gobreaker/v2"
+
+	"github.com/trackpilots/apikey/internal/batch"
+	"github.com/trackpilots/apikey/internal/sealed"
+)
+
+const (
+	// Batches that fail this often in a row are not sent for a while, and then one at
+	// a time, so that an outage does not cost every request its budget. Of a Redis
+	// Cluster one shard may be down, and the others of use: a batch has failed when
+	// none of its commands was answered.
+	breakAfter = 10
+	breakFor   = time.Second
+)
+
+// Records are the records in Redis. They are safe for concurrent use.
+type Records struct {
+	rdb     redis.UniversalClient
+	sealer  *sealed.Sealer
+	limits  batch.Limits
+	ttl     time.Duration
+	breaker *gobreaker.CircuitBreaker[[]reply]
+	gets    *batch.Batcher[string, reply]
+	stats   Stats
+
+	mu      sync.Mutex
+	pending []record // to be written
+	writing bool
+}
+
+// Stats counts what Records do.
+type Stats struct {
+	Queue    batch.Stats   // GETs that were not sent, since too many waited
+	Batches  atomic.Uint64 // of GETs
+	Gets     atomic.Uint64 // in them
+	Rejected atomic.Uint64 // values that were not sealed by us for their name
+	Errors   atomic.Uint64 // GETs and SETs that failed or took too long
+	Skipped  atomic.Uint64 // GETs and SETs that were not sent: Redis had failed, or too many SETs waited
+}
+
+type reply struct {
+	value []byte // nil: none
+	err   error
+}
+
+type record struct {
+	name string
+	body []byte
+}
+
+// New returns the Records of rdb, sealed under secret, which live for ttl.
+func New(rdb redis.UniversalClient, secret []byte, limits batch.Limits, ttl time.Duration) *Records {
+	r := &Records{rdb: rdb, sealer: sealed.NewSealer(secret), limits: limits, ttl: ttl}
+	r.breaker = gobreaker.NewCircuitBreaker[[]reply](gobreaker.Settings{
+		Timeout:     breakFor,
+		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+	})
+	r.gets = batch.New(limits, &r.stats.Queue, r.getBatch)
+	return r
+}
+
+// Stats returns the counters.
+func (r *Records) Stats() *Stats { return &r.stats }
+
+// ErrRejected is the error of a value that was not sealed by us for its name.
+var ErrRejected = errors.New("the value in Redis was not sealed by us for its name")
+
+// Get returns the body of a record; nil if there is none. Other errors than
+// ErrRejected are that Redis was not asked or did not answer.
+func (r *Records) Get(name string) ([]byte, error) {
+	answer, err := r.gets.Do(name, true)
+	if err == nil {
+		err = answer.err
+	}
+	switch {
+	case err == nil && answer.value == nil:
+		return nil, nil
+	case err == nil:
+		body, ok := r.sealer.Open(name, answer.value)
+		if !ok {
+			r.stats.Rejected.Add(1)
+			return nil, ErrRejected
+		}
+		return body, nil
+	case errors.Is(err, batch.ErrFull), errors.Is(err, batch.ErrWaited): // counted there
+	case errors.Is(err, gobreaker.ErrOpenState), errors.Is(err, gobreaker.ErrTooManyRequests):
+		r.stats.Skipped.Add(1)
+	default:
+		r.stats.Errors.Add(1)
+	}
+	return nil, err
+}
+
+func (r *Records) getBatch(ctx context.Context, names []string) ([]reply, error) {
+	return r.breaker.Execute(func() ([]reply, error) {
+		r.stats.Batches.Add(1)
+		r.stats.Gets.Add(uint64(len(names)))
+		cmds := make([]*redis.StringCmd, len(names))
+		if len(names) == 1 {
+			cmds[0] = r.rdb.Get(ctx, names[0])
+		} else {
+			pipe := r.rdb.Pipeline()
+			for i, name := range names {
+				cmds[i] = pipe.Get(ctx, name)
+			}
+			_, _ = pipe.Exec(ctx) // each command has its own error
+		}
+		replies := make([]reply, len(names))
+		failed := 0
+		for i, cmd := range cmds {
+			value, err := cmd.Bytes()
+			if err != nil && !errors.Is(err, redis.Nil) {
+				replies[i].err = err
+				failed++
+				continue
+			}
+			if err == nil {
+				replies[i].value = value
+			}
+		}
+		if failed == len(names) {
+			return nil, replies[0].err
+		}
+		return replies, nil
+	})
+}
+
+// Set puts a record in Redis, some time soon.
+func (r *Records) Set(name string, body []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.pending) >= r.limits.Queue {
+		r.stats.Skipped.Add(1)
+		return
+	}
+	r.pending = append(r.pending, record{name, body})
+	if !r.writing {
+		r.writing = true
+		go r.write()
+	}
+}
+
+// write writes what is pending, one batch after the other, until nothing is.
+func (r *Records) write() {
+	for {
+		r.mu.Lock()
+		n := min(len(r.pending), r.limits.Size)
+		if n == 0 {
+			r.pending, r.writing = nil, false
+			r.mu.Unlock()
+			return
+		}
+		batch := r.pending[:n:n]
+		r.pending = r.pending[n:]
+		r.mu.Unlock()
+		r.setBatch(batch)
+	}
+}
+
+func (r *Records) setBatch(batch []record) {
+	defer func() {
+		if recover() != nil { // a hook of the client's: it must not end the process
+			r.stats.Errors.Add(uint64(len(batch)))
+		}
+	}()
+	_, err := r.breaker.Execute(func() ([]reply, error) {
+		ctx, cancel := context.WithTimeout(context.Background(), r.limits.Budget)
+		defer cancel()
+		pipe := r.rdb.Pipeline()
+		for _, rec := range batch {
+			pipe.Set(ctx, rec.name, r.sealer.Seal(rec.name, rec.body), r.ttl)
+		}
+		cmds, err := pipe.Exec(ctx)
+		failed := 0
+		for _, cmd := range cmds {
+			if cmd.Err() != nil {
+				failed++
+			}
+		}
+		if err != nil && failed == 0 { // not sent at all
+			failed = len(batch)
+		}
+		r.stats.Errors.Add(uint64(failed))
+		if failed < len(batch) {
+			err = nil
+		}
+		return nil, err
+	})
+	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
+		r.stats.Skipped.Add(uint64(len(batch)))
+	}
+}
