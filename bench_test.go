@@ -3,8 +3,11 @@ package apikey_test
 import (
 	"context"
 	"crypto/sha256"
+	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -12,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -78,19 +82,78 @@ func BenchmarkAccept(b *testing.B) {
 	time.Sleep(time.Second) // from then on the feed has to vouch for what is known
 
 	noMemory := func(rdb *redis.Client) http.Handler {
-		return newReplica(fleet, rdb, newSecret(), &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1}).Handler(next)
+		cache := apikey.NewCache(rdb, newSecret(), &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1})
+		return apikey.New(cache.Keys(fleet.PostgresKeyStore), cache.Plans(fleet.PostgresPlanStore), nil).Handler(next)
 	}
 	noSets := testservers.Redis(b)
 	noSets.AddHook(noSet{})
+	get := func(w http.ResponseWriter, r *http.Request) { // what a record in Redis costs at least
+		if err := fleet.rdb.Get(r.Context(), "a name of some length, as those of records have it").Err(); err != nil {
+			b.Fatal(err)
+		}
+		next.ServeHTTP(w, r)
+	}
+	fleet.rdb.Set(b.Context(), "a name of some length, as those of records have it", make([]byte, 200), time.Hour)
 
 	b.Run("floor", func(b *testing.B) { serve(b, floor, r) })
 	b.Run("memory", func(b *testing.B) { serve(b, memory, r) })
 	b.Run("floor, parallel", func(b *testing.B) { serveParallel(b, floor, r) })
 	b.Run("memory, parallel", func(b *testing.B) { serveParallel(b, memory, r) })
+	b.Run("Redis, one GET by hand", func(b *testing.B) { serve(b, http.HandlerFunc(get), r) })
 	b.Run("Redis", func(b *testing.B) { serve(b, noMemory(fleet.rdb), r) })
 	b.Run("PostgreSQL, no cache", func(b *testing.B) { serve(b, apikey.New(fleet, fleet, nil).Handler(next), r) })
 	b.Run("cold", func(b *testing.B) { serve(b, noMemory(noSets), r) }) // in neither memory nor Redis
-	if stats := fleet.replicas[0].cache.Stats(); stats.StoreReads != 2 {
+	if stats := fleet.replicas[0].cache.Stats(); stats.StoreReads != 1 {
+		b.Errorf("the memory was not hit: %+v", stats)
+	}
+}
+
+// BenchmarkAnnouncements is the way of 5,000 good keys in memory while other keys and
+// plans change, so many times a second.
+func BenchmarkAnnouncements(b *testing.B) {
+	const keys = 5000
+	fleet := newFleet(b, 1, nil)
+	mustExec(b, fleet.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
+	mustExec(b, fleet.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
+	mustExec(b, fleet.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
+	h := fleet.replicas[0].Handler(http.HandlerFunc(keep))
+	var requests []*http.Request
+	for i := range keys {
+		requests = append(requests, withKey(fmt.Sprint("Bearer a-key-issued-elsewhere-", i+1)))
+		h.ServeHTTP(discard{http.Header{}}, requests[i])
+	}
+	time.Sleep(time.Second) // from then on the feed has to vouch for what is known
+	log := fleet.replicas[0].cache.Log()
+	for _, rate := range []int{0, 100, 1000, 10_000} {
+		b.Run(fmt.Sprint(rate, " a second"), func(b *testing.B) {
+			done := make(chan struct{})
+			var announcing sync.WaitGroup
+			announcing.Go(func() { // ticks at all rates, since that costs too
+				tick := time.NewTicker(time.Millisecond)
+				defer tick.Stop()
+				start, sent := time.Now(), 0
+				for {
+					select {
+					case <-done:
+						return
+					case <-tick.C:
+					}
+					for ; sent < int(time.Since(start).Seconds()*float64(rate)); sent += 2 {
+						log.Announce(feed.KeyTopic(rand.Uint64()), 1<<60, instant())
+						log.Announce(feed.PlanTopic(fmt.Sprint("another ", sent)), 1<<60, instant())
+					}
+				}
+			})
+			w := discard{http.Header{}}
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				h.ServeHTTP(w, requests[i%keys])
+			}
+			close(done)
+			announcing.Wait()
+		})
+	}
+	if stats := fleet.replicas[0].cache.Stats(); stats.StoreReads != keys {
 		b.Errorf("the memory was not hit: %+v", stats)
 	}
 }

@@ -63,8 +63,8 @@ type CacheOptions struct {
 	StaleIfError time.Duration
 
 	// MemoryEntries is the number of keys that are held in the process, each with its
-	// plan. A key takes about BYTES_PER_KEY bytes, and takes them when it is first used; beyond
-	// the limit, those used least recently go. Negative turns the layer off. Defaults
+	// plan. A key takes about 400 bytes, from its first use on; when there are too
+	// many, one goes that was not used lately. Negative turns the layer off. Defaults
 	// to 131,072.
 	MemoryEntries int
 
@@ -318,13 +318,20 @@ type CachedRecord[V Key | Plan] struct {
 	Value    V         // what it says
 	ReadAt   time.Time // when the store was read
 	Snapshot string    // the pg_snapshot that it was read in; "" if the store does not stamp
+	Plan     *Plan     // of a key: its organisation's plan, if the record has that too; else nil
 }
 
 // InspectKey returns the record of a key in Redis, whatever it is worth; the error
 // is that Redis could not be read.
 func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], error) {
 	name, rec, err := c.keys.Inspect(h)
-	return inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
+	r, err := inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
+	if rec != nil {
+		if plan := rec.Value.plan.Load(); plan != nil {
+			r.Plan = &plan.Value
+		}
+	}
+	return r, err
 }
 
 // InspectPlan returns the record of an organisation's plan in Redis, as

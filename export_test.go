@@ -13,10 +13,13 @@ import (
 // What the tests look at that users do not.
 var (
 	BearerKey     = bearerKey
-	KeySQL        = keySQL
-	KeyAndPlanSQL = keyAndPlanSQL
-	PlanSQL       = planSQL
+	KeySQL        = keySQL.both()
+	KeyAndPlanSQL = keyAndPlanSQL.both()
+	PlanSQL       = planSQL.both()
 )
+
+// both are the statements for one subject, and for many.
+func (s lookupSQL) both() [2]string { return [2]string{s.one, s.many} }
 
 // RedisNames returns the names of the records of a key and a plan in Redis.
 func (c *Cache) RedisNames(h KeyHash, orgID string) (key, plan string) {

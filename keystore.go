@@ -112,20 +112,30 @@ func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	return &PostgresKeyStore{db}
 }
 
-// The statements of the lookups have a row even if nothing is found, so that
-// "absent" has a snapshot too.
-const (
-	keySQL = `
+// A lookupSQL is a statement that looks subjects up. Its first column is the snapshot
+// that it runs in, and it has a row even if nothing is found, so that "absent" has a
+// snapshot too.
+type lookupSQL struct{ one, many string }
+
+// newLookupSQL returns a lookup with $1 for the subject or the array of subjects that
+// it looks for. A single subject is no array: Postgres would plan the statement anew
+// each time, since it takes every array for one of ten.
+func newLookupSQL(sql string) lookupSQL {
+	return lookupSQL{sql, strings.Replace(sql, "$1", "ANY($1)", 1)}
+}
+
+var (
+	keySQL = newLookupSQL(`
 SELECT pg_current_snapshot()::text, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at
 FROM (VALUES (1)) AS one
-LEFT JOIN api_keys k ON k.key_hash = ANY($1)`
+LEFT JOIN api_keys k ON k.key_hash = $1`)
 
-	keyAndPlanSQL = `
+	keyAndPlanSQL = newLookupSQL(`
 SELECT pg_current_snapshot()::text, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at,
 	o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
-LEFT JOIN api_keys k ON k.key_hash = ANY($1)
-LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = k.org_id`
+LEFT JOIN api_keys k ON k.key_hash = $1
+LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = k.org_id`)
 )
 
 // Key returns the key with hash h, or ErrNotFound if api_keys has no such row.
@@ -203,10 +213,9 @@ func byteSlices(hashes []KeyHash) [][]byte {
 	return slices
 }
 
-// lookUp runs a statement whose first column is the snapshot that it runs in, which
-// it reports, and calls each for every row. If the pool has no connection free in
-// time, the error is [readthrough.ErrBusy].
-func lookUp(ctx context.Context, db DB, sql string, subjects any, columns []any, each func()) error {
+// lookUp looks subjects up, reports the snapshot, and calls each for every row. If the
+// pool has no connection free in time, the error is [readthrough.ErrBusy].
+func lookUp[S any](ctx context.Context, db DB, sql lookupSQL, subjects []S, columns []any, each func()) error {
 	if pool, ok := db.(*pgxpool.Pool); ok {
 		conn, err := pool.Acquire(ctx)
 		if err != nil {
@@ -218,7 +227,11 @@ func lookUp(ctx context.Context, db DB, sql string, subjects any, columns []any,
 		defer conn.Release()
 		db = conn
 	}
-	rows, err := db.Query(ctx, sql, subjects)
+	statement, arg := sql.many, any(subjects)
+	if len(subjects) == 1 {
+		statement, arg = sql.one, subjects[0]
+	}
+	rows, err := db.Query(ctx, statement, arg)
 	if err != nil {
 		return err
 	}

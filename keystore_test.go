@@ -174,10 +174,14 @@ func TestLookupsUseIndexes(t *testing.T) {
 		arg   any
 		index string
 	}{
-		{apikey.KeySQL, hashes, "api_keys_key_hash_key"},
-		{apikey.KeyAndPlanSQL, hashes, "api_keys_key_hash_key"},
-		{apikey.KeyAndPlanSQL, hashes, "org_plans_pkey"},
-		{apikey.PlanSQL, []string{"org123"}, "org_plans_pkey"},
+		{apikey.KeySQL[0], h[:], "api_keys_key_hash_key"},
+		{apikey.KeySQL[1], hashes, "api_keys_key_hash_key"},
+		{apikey.KeyAndPlanSQL[0], h[:], "api_keys_key_hash_key"},
+		{apikey.KeyAndPlanSQL[0], h[:], "org_plans_pkey"},
+		{apikey.KeyAndPlanSQL[1], hashes, "api_keys_key_hash_key"},
+		{apikey.KeyAndPlanSQL[1], hashes, "org_plans_pkey"},
+		{apikey.PlanSQL[0], "org123", "org_plans_pkey"},
+		{apikey.PlanSQL[1], []string{"org123"}, "org_plans_pkey"},
 	} {
 		// Both ways in which a prepared statement may come to run.
 		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {

@@ -231,7 +231,7 @@ func TestStaleIfErrorEnds(t *testing.T) {
 		"announced, all plans": func(_ *memoryWorld, cache *apikey.Cache, _ apikey.KeyHash, _ string) {
 			cache.Log().AnnounceAll(feed.Plan, 20)
 		},
-		"its own end":    func(*memoryWorld, *apikey.Cache, apikey.KeyHash, string) { time.Sleep(time.Minute) },
+		"its own end": func(*memoryWorld, *apikey.Cache, apikey.KeyHash, string) { time.Sleep(time.Minute) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -89,11 +89,10 @@ func NewPostgresPlanStore(db DB) *PostgresPlanStore {
 	return &PostgresPlanStore{db}
 }
 
-// planSQL has a row even if nothing is found, so that "absent" has a snapshot too.
-const planSQL = `
+var planSQL = newLookupSQL(`
 SELECT pg_current_snapshot()::text, o.org_id, o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
-LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = ANY($1)`
+LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = $1`)
 
 // Plan returns the plan of orgID, or ErrNotFound if org_plans has no row for it.
 func (s *PostgresPlanStore) Plan(ctx context.Context, orgID string) (Plan, error) {

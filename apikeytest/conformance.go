@@ -27,11 +27,16 @@ type Keys struct {
 }
 
 // TestKeyStore tests that a store does what the contract of [apikey.KeyStore]
-// says.
+// says, and that of [apikey.BatchKeyStore] if it is one.
 func TestKeyStore(t *testing.T, keys Keys) {
 	now := time.Now().UTC().Truncate(time.Microsecond)
+	var many func(context.Context, []apikey.KeyHash) (map[apikey.KeyHash]apikey.Key, error)
+	if batch, ok := keys.Store.(apikey.BatchKeyStore); ok {
+		many = batch.Keys
+	}
 	suite[apikey.KeyHash, apikey.Key]{
 		look: keys.Store.Key,
+		many: many,
 		put: func(t *testing.T, h apikey.KeyHash, k apikey.Key) apikey.Key {
 			k.ID = keys.Put(t, h, k)
 			return k
@@ -72,8 +77,12 @@ type Plans struct {
 }
 
 // TestPlanStore tests that a store does what the contract of [apikey.PlanStore]
-// says.
+// says, and that of [apikey.BatchPlanStore] if it is one.
 func TestPlanStore(t *testing.T, plans Plans) {
+	var many func(context.Context, []string) (map[string]apikey.Plan, error)
+	if batch, ok := plans.Store.(apikey.BatchPlanStore); ok {
+		many = batch.Plans
+	}
 	now := time.Now().UTC().Truncate(time.Microsecond)
 	facts := map[string]apikey.Plan{
 		"no end":          Paid(),
@@ -88,6 +97,7 @@ func TestPlanStore(t *testing.T, plans Plans) {
 	}
 	suite[string, apikey.Plan]{
 		look: plans.Store.Plan,
+		many: many,
 		put: func(t *testing.T, orgID string, p apikey.Plan) apikey.Plan {
 			plans.Put(t, orgID, p)
 			return p
@@ -106,6 +116,7 @@ func TestPlanStore(t *testing.T, plans Plans) {
 // A suite is what both kinds of stores must do.
 type suite[S comparable, V any] struct {
 	look    func(context.Context, S) (V, error)
+	many    func(context.Context, []S) (map[S]V, error) // nil: it has none
 	put     func(*testing.T, S, V) V // returns what the store is to answer
 	remove  func(*testing.T, S)
 	subject func(n int) S
@@ -150,6 +161,39 @@ func (s suite[S, V]) run(t *testing.T) {
 		wantAbsent(t, subject)
 		want(t, other, kept)
 	})
+	if s.many != nil {
+		t.Run("many at once", func(t *testing.T) {
+			facts := map[S]V{}
+			var subjects []S
+			for _, fact := range s.facts {
+				there, absent := next(), next()
+				facts[there] = s.put(t, there, fact)
+				subjects = append(subjects, there, absent)
+			}
+			for _, asked := range [][]S{subjects, subjects[:2], subjects[:1], subjects[1:2], nil} {
+				found, err := s.many(t.Context(), asked)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, subject := range asked {
+					fact, wanted := facts[subject]
+					got, ok := found[subject]
+					if ok != wanted || !s.equal(got, fact) {
+						t.Errorf("of %d, %v is %+v, %v; want %+v, %v", len(asked), subject, got, ok, fact, wanted)
+					}
+					delete(found, subject)
+				}
+				if len(found) > 0 {
+					t.Errorf("of %d, found what was not asked for: %+v", len(asked), found)
+				}
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			if found, err := s.many(ctx, subjects); err == nil {
+				t.Errorf("cancelled: found %+v, want an error", found)
+			}
+		})
+	}
 	t.Run("a cancelled lookup is not an absence", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()

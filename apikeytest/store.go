@@ -7,6 +7,7 @@ package apikeytest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -18,7 +19,7 @@ import (
 	"github.com/trackpilots/apikey/internal/keyformat"
 )
 
-// A Store is an [apikey.KeyStore] and an [apikey.PlanStore] in memory. It is safe
+// A Store is an [apikey.BatchKeyStore] and an [apikey.BatchPlanStore] in memory. It is safe
 // for concurrent use. What it is asked to change must be there: it panics
 // otherwise, since that is a mistake in the test.
 type Store struct {
@@ -49,6 +50,30 @@ func (s *Store) Key(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 // Plan implements [apikey.PlanStore].
 func (s *Store) Plan(ctx context.Context, orgID string) (apikey.Plan, error) {
 	return lookup(ctx, s, s.plans, orgID)
+}
+
+// Keys implements [apikey.BatchKeyStore].
+func (s *Store) Keys(ctx context.Context, hashes []apikey.KeyHash) (map[apikey.KeyHash]apikey.Key, error) {
+	return lookupMany(ctx, s.Key, hashes)
+}
+
+// Plans implements [apikey.BatchPlanStore].
+func (s *Store) Plans(ctx context.Context, orgIDs []string) (map[string]apikey.Plan, error) {
+	return lookupMany(ctx, s.Plan, orgIDs)
+}
+
+func lookupMany[S comparable, V any](ctx context.Context, look func(context.Context, S) (V, error), subjects []S) (map[S]V, error) {
+	found := map[S]V{}
+	for _, subject := range subjects {
+		fact, err := look(ctx, subject)
+		switch {
+		case err == nil:
+			found[subject] = fact
+		case !errors.Is(err, apikey.ErrNotFound):
+			return nil, err
+		}
+	}
+	return found, nil
 }
 
 func lookup[S comparable, V any](ctx context.Context, s *Store, facts map[S]V, subject S) (V, error) {

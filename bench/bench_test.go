@@ -247,21 +247,9 @@ func publish(t *testing.T, results []result) {
 		fmt.Fprintf(&table, "| %s | %s | %d, %d B | %s/s | %s | %s | %s |\n", r.title(), short(time.Duration(median(r.ns))), r.allocs, r.bytes,
 			count(1e9/median(r.parallelNs)), r.inRedis(), r.statements(), r.works())
 	}
-	fmt.Fprintf(&table, "\n%s, %s/%s, %d cores (%s), servers on the same machine; `make bench`. Caches of peers keep a key for %s. %d keys were revoked with each, and watched for %s.\n",
-		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), cpu(), short(ttl), *revokings, short(*limit))
-
-	readme, err := os.ReadFile("../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	marked := regexp.MustCompile(`(?s)(<!-- made by make bench -->\n).*?(<!-- end -->)`)
-	if !marked.Match(readme) {
-		t.Fatal("the README has no place for the table")
-	}
-	readme = marked.ReplaceAll(readme, []byte("${1}"+table.String()+"${2}"))
-	if err := os.WriteFile("../README.md", readme, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	fmt.Fprintf(&table, "\n%s. Caches of peers keep a key for %s. %d keys were revoked with each, and watched for %s.\n",
+		machine(), short(ttl), *revokings, short(*limit))
+	publishTable(t, "compare", table.String())
 
 	var warm, revoked []bar
 	for _, r := range results {
@@ -274,6 +262,29 @@ func publish(t *testing.T, results []result) {
 	}
 	draw(t, "warm.svg", "A request with a warm key (logarithmic)", warm)
 	draw(t, "revoked.svg", "How long a revoked key goes on working, median (logarithmic)", revoked)
+}
+
+// machine is what a table was measured on.
+func machine() string {
+	return fmt.Sprintf("%s, %s/%s, %d cores (%s), servers and load on the same machine; `make bench`",
+		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), cpu())
+}
+
+// publishTable writes a table into its place in the README.
+func publishTable(t *testing.T, name, table string) {
+	t.Helper()
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	marked := regexp.MustCompile(`(?s)(<!-- made by make bench: ` + name + ` -->\n).*?(<!-- end -->)`)
+	if !marked.Match(readme) {
+		t.Fatalf("the README has no place for the table %q", name)
+	}
+	readme = marked.ReplaceAll(readme, []byte("${1}"+table+"${2}"))
+	if err := os.WriteFile("../README.md", readme, 0o644); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // A bar is a line of a plot.

@@ -122,6 +122,7 @@ func (e *environment) pool(t testing.TB) (*pgxpool.Pool, *counter) {
 type instance struct {
 	http.Handler
 	sql   func() int64
+	stats func() apikey.CacheStats // of apikey only
 	token func(key string) string // what a client sends for a key; the key itself if nil
 }
 
@@ -131,7 +132,7 @@ type peer struct {
 	module  string // whose version the table shows
 	redis   bool   // instances share what is in Redis
 	store   bool   // it asks PostgreSQL for keys
-	cached  bool   // it keeps what it was answered
+	memory  bool   // it keeps what it was answered, in the process
 	prepare func(t testing.TB, e *environment, next http.Handler) instance
 }
 
@@ -181,7 +182,7 @@ var peers = []peer{
 		},
 	},
 	{
-		name: "apikey", module: "github.com/trackpilots/apikey", redis: true, store: true, cached: true,
+		name: "apikey", module: "github.com/trackpilots/apikey", redis: true, store: true, memory: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
 			cache := apikey.NewCache(testservers.RedisAt(t, e.redisURL), secret, nil)
@@ -200,11 +201,11 @@ var peers = []peer{
 				}
 			}
 			auth := apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil)
-			return instance{Handler: auth.Handler(next), sql: sql.n.Load}
+			return instance{Handler: auth.Handler(next), sql: sql.n.Load, stats: cache.Stats}
 		},
 	},
 	{
-		name: "Kubernetes token cache", module: "k8s.io/apiserver", store: true, cached: true,
+		name: "Kubernetes token cache", module: "k8s.io/apiserver", store: true, memory: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
 			cached := tokencache.New(authenticator.TokenFunc(func(ctx context.Context, key string) (*authenticator.Response, bool, error) {
@@ -224,10 +225,10 @@ var peers = []peer{
 		},
 	},
 	{
-		name: "go-redis/cache with TinyLFU", module: "github.com/go-redis/cache/v9", redis: true, store: true, cached: true,
+		name: "go-redis/cache with TinyLFU", module: "github.com/go-redis/cache/v9", redis: true, store: true, memory: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
-			cache := rediscache.New(&rediscache.Options{Redis: testservers.RedisAt(t, e.redisURL), LocalCache: rediscache.NewTinyLFU(10_000, ttl)})
+			cache := rediscache.New(&rediscache.Options{Redis: testservers.RedisAt(t, e.redisURL), LocalCache: rediscache.NewTinyLFU(131_072, ttl)})
 			return instance{Handler: guard(next, func(ctx context.Context, key string) (orgID string, err error) {
 				h := sha256.Sum256([]byte(key))
 				err = cache.Once(&rediscache.Item{
@@ -239,7 +240,7 @@ var peers = []peer{
 		},
 	},
 	{
-		name: "rueidis client-side cache", module: "github.com/redis/rueidis", redis: true, store: true, cached: true,
+		name: "rueidis client-side cache", module: "github.com/redis/rueidis", redis: true, store: true, memory: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
 			opts, err := redis.ParseURL(e.redisURL)
@@ -270,7 +271,7 @@ var peers = []peer{
 		},
 	},
 	{
-		name: "Redis GET, JSON, pgx", module: "github.com/redis/go-redis/v9", redis: true, store: true, cached: true,
+		name: "Redis GET, JSON, pgx", module: "github.com/redis/go-redis/v9", redis: true, store: true,
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
 			rdb := testservers.RedisAt(t, e.redisURL)

@@ -8,8 +8,10 @@
 // The metrics:
 //
 //	apikey.decision.duration   histogram, s; error.type is the code of a refusal, apikey.source where the facts were found
-//	apikey.redis.*             counters: hits, misses, rejected, errors, skipped
-//	apikey.store.*             counters: reads, errors, skipped
+//	apikey.redis.*             counters: hits, misses, rejected, errors, skipped, gets, batches
+//	apikey.store.*             counters: reads, batches, errors, skipped, busy
+//	apikey.store.abandoned     gauge: lookups that a store has not returned from
+//	apikey.queue.*             counters: full, timeouts
 //	apikey.stale.uses          counter
 //	apikey.feed.live           gauge: 1 while announcements are known to arrive, else 0
 //	apikey.feed.*              counters: announcements, unannounced
@@ -86,7 +88,13 @@ func register(meter metric.Meter, cache *apikey.Cache) error {
 		{"apikey.redis.rejected", "{record}", "Records in Redis that were not sealed by us.", func(s apikey.CacheStats) uint64 { return s.RedisRejected }},
 		{"apikey.redis.errors", "{command}", "GET or SET that failed or took too long.", func(s apikey.CacheStats) uint64 { return s.RedisErrors }},
 		{"apikey.redis.skipped", "{command}", "GET or SET that were not sent, since Redis had failed.", func(s apikey.CacheStats) uint64 { return s.RedisSkipped }},
-		{"apikey.store.reads", "{lookup}", "Lookups in a store.", func(s apikey.CacheStats) uint64 { return s.StoreReads }},
+		{"apikey.redis.gets", "{command}", "GETs that were sent.", func(s apikey.CacheStats) uint64 { return s.RedisGets }},
+		{"apikey.redis.batches", "{batch}", "Round trips that they took.", func(s apikey.CacheStats) uint64 { return s.RedisBatches }},
+		{"apikey.store.reads", "{lookup}", "Keys and plans that stores were asked for.", func(s apikey.CacheStats) uint64 { return s.StoreReads }},
+		{"apikey.store.batches", "{batch}", "Round trips that they took.", func(s apikey.CacheStats) uint64 { return s.StoreBatches }},
+		{"apikey.store.busy", "{lookup}", "Lookups for which all connections of the pool were in use.", func(s apikey.CacheStats) uint64 { return s.StoreBusy }},
+		{"apikey.queue.full", "{lookup}", "Lookups that were not made, since too many others waited.", func(s apikey.CacheStats) uint64 { return s.QueueFull }},
+		{"apikey.queue.timeouts", "{lookup}", "Lookups that waited for too long while others were answered.", func(s apikey.CacheStats) uint64 { return s.QueueTimeouts }},
 		{"apikey.store.errors", "{lookup}", "Lookups that could not be made.", func(s apikey.CacheStats) uint64 { return s.StoreErrors }},
 		{"apikey.store.skipped", "{lookup}", "Lookups that were not made, since the store had failed.", func(s apikey.CacheStats) uint64 { return s.StoreSkipped }},
 		{"apikey.stale.uses", "{use}", "Admitted on facts past their time, since the store could not be read.", func(s apikey.CacheStats) uint64 { return s.StaleUses }},
@@ -98,7 +106,12 @@ func register(meter metric.Meter, cache *apikey.Cache) error {
 	if err != nil {
 		return err
 	}
-	instruments := []metric.Observable{live}
+	abandoned, err := meter.Int64ObservableGauge("apikey.store.abandoned", metric.WithUnit("{lookup}"),
+		metric.WithDescription("Lookups under way in stores that have not returned although their time is over."))
+	if err != nil {
+		return err
+	}
+	instruments := []metric.Observable{live, abandoned}
 	observables := make([]metric.Int64Observable, len(counters))
 	for i, c := range counters {
 		if observables[i], err = meter.Int64ObservableCounter(c.name, metric.WithUnit(c.unit), metric.WithDescription(c.description)); err != nil {
@@ -116,6 +129,7 @@ func register(meter metric.Meter, cache *apikey.Cache) error {
 			isLive = 1
 		}
 		o.ObserveInt64(live, isLive)
+		o.ObserveInt64(abandoned, int64(stats.StoreAbandoned))
 		return nil
 	}, instruments...)
 	return err

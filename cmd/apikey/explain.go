@@ -202,10 +202,14 @@ func (e *explanation) addRedis(ctx context.Context, redisURL string) error {
 	}
 	defer rdb.Close()
 	cache := apikey.NewCache(rdb, []byte(secret), nil)
+	var withKey apikey.CachedRecord[apikey.Plan] // the plan in the record of the key
 	if e.hash != nil {
 		r, err := cache.InspectKey(ctx, *e.hash)
 		if err != nil {
 			return err
+		}
+		if r.Plan != nil {
+			withKey = apikey.CachedRecord[apikey.Plan]{Name: r.Name, Found: true, Value: *r.Plan, ReadAt: r.ReadAt, Snapshot: r.Snapshot}
 		}
 		same := e.Key != nil && r.Value.ID == e.Key.ID && r.Value.OrgID == e.Key.OrgID && r.Value.Active == (e.Key.State != "deactivated") &&
 			r.Value.ExpiresAt.Equal(orZero(e.Key.ExpiresAt))
@@ -215,6 +219,9 @@ func (e *explanation) addRedis(ctx context.Context, redisURL string) error {
 		r, err := cache.InspectPlan(ctx, e.Key.OrgID)
 		if err != nil {
 			return err
+		}
+		if !r.Found && withKey.Found {
+			r = withKey
 		}
 		same := e.Plan != nil && r.Value.Name == e.Plan.Tier && string(r.Value.Status) == e.Plan.Status && r.Value.APIAccess == e.Plan.APIAccess &&
 			r.Value.EndsAt.Equal(orZero(e.Plan.EndsAt))

@@ -4,11 +4,13 @@ package testservers
 // the graph of this one; four faults do not need them.
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
 	neturl "net/url"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,7 +36,8 @@ const SlowBy = 2 * time.Second
 
 // A Proxy passes connections on to a server, until it gets a fault.
 type Proxy struct {
-	Addr string // where it listens
+	Addr  string       // where it listens
+	delay atomic.Int64 // of every answer, in nanoseconds
 
 	network, server string
 
@@ -61,6 +64,11 @@ func NewProxy(tb testing.TB, network, server string) *Proxy {
 	})
 	return p
 }
+
+// Delay makes the server as far away as d is for a way there and back: every answer
+// arrives so much later, however many are on their way. It holds for connections that
+// are made from now on.
+func (p *Proxy) Delay(d time.Duration) { p.delay.Store(int64(d)) }
 
 // Set replaces the fault. What was frozen goes on after that.
 func (p *Proxy) Set(tb testing.TB, fault Fault) {
@@ -152,6 +160,11 @@ func (p *Proxy) remove(conn net.Conn) {
 // copy copies one direction until either end is closed.
 func (p *Proxy) copy(to io.WriteCloser, from io.Reader, answers bool) {
 	defer to.Close()
+	if delay := time.Duration(p.delay.Load()); answers && delay > 0 {
+		late := newLateWriter(to, delay)
+		defer late.Close()
+		to = late
+	}
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buf)
@@ -163,6 +176,40 @@ func (p *Proxy) copy(to io.WriteCloser, from io.Reader, answers bool) {
 			return
 		}
 	}
+}
+
+// A lateWriter writes everything some time later.
+type lateWriter struct {
+	delay  time.Duration
+	queue  chan lateBytes
+	closed sync.WaitGroup
+}
+
+type lateBytes struct {
+	due   time.Time
+	bytes []byte
+}
+
+func newLateWriter(to io.Writer, delay time.Duration) *lateWriter {
+	w := &lateWriter{delay: delay, queue: make(chan lateBytes, 10_000)}
+	w.closed.Go(func() {
+		for b := range w.queue {
+			time.Sleep(time.Until(b.due))
+			_, _ = to.Write(b.bytes) // the reader finds out when it is closed
+		}
+	})
+	return w
+}
+
+func (w *lateWriter) Write(b []byte) (int, error) {
+	w.queue <- lateBytes{time.Now().Add(w.delay), bytes.Clone(b)}
+	return len(b), nil
+}
+
+func (w *lateWriter) Close() error {
+	close(w.queue)
+	w.closed.Wait()
+	return nil
 }
 
 // hold waits as long as the fault says.
