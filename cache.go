@@ -152,10 +152,13 @@ type CacheStats struct {
 	StoreAbandoned uint64 // lookups under way in stores that have not returned although their time is over
 	StaleUses      uint64 // admitted on facts past their time, since the store could not be read
 
+	StandbyReads uint64 // of the StoreReads, those that a standby answered: these facts are used by their age only
+
 	FeedLive      bool   // announcements are known to arrive; false until Watch is under way
 	FeedErr       error  // why the last session of Watch ended, or none began; nil if none was tried
 	Announcements uint64 // changes that were announced
 	Unannounced   uint64 // changes that were found when facts were read again, and had not been: look at the triggers
+	Forged        uint64 // announcements of transactions that the server had not reached: somebody makes them up
 }
 
 // A Cache remembers what the stores behind it answered, in this process and in
@@ -280,11 +283,13 @@ func (c *Cache) Stats() CacheStats {
 		StoreAbandoned: uint64(s.Abandoned.Load()),
 		QueueFull:      s.Queue.Full.Load() + r.Queue.Full.Load(),
 		QueueTimeouts:  s.Queue.Waited.Load() + r.Queue.Waited.Load(),
+		StandbyReads:   s.Standby.Load(),
 		StaleUses:      s.StaleUses.Load(),
 		FeedLive:       c.shared.Log.Live(clock.At(time.Now())),
 		FeedErr:        c.shared.Log.Fault(),
 		Announcements:  c.shared.Log.Announcements(),
 		Unannounced:    c.shared.Log.Unannounced(),
+		Forged:         c.shared.Log.Forged(),
 	}
 }
 

@@ -216,7 +216,7 @@ func runOutage(t *testing.T, r, p outage) {
 					RETURNING pg_current_xact_id()::text::bigint`, org.KeyID).Scan(&xid); err != nil {
 					t.Fatal(err)
 				}
-				before := parseSnapshot(t, fmt.Sprintf("%d:%d:", xid, xid))
+				before := parseSnapshot(t, fmt.Sprintf("%d:%d:", xid, xid)).On(serverOf(t, rg.pool))
 				waitFor(t, func() bool { return rg.cache.Log().Refuted(before, keyTopic(apikey.HashKey(keys[k]))) })
 			}
 		}

@@ -21,6 +21,7 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/lastused"
 	"github.com/trackpilots/apikey/internal/readthrough"
@@ -112,9 +113,12 @@ func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	return &PostgresKeyStore{db}
 }
 
-// A lookupSQL is a statement that looks subjects up. Its first column is the snapshot
-// that it runs in, and it has a row even if nothing is found, so that "absent" has a
-// snapshot too.
+// stampSQL are the first columns of a lookup: the snapshot that it runs in, and the
+// server.
+const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL
+
+// A lookupSQL is a statement that looks subjects up. It begins with stampSQL, and has a
+// row even if nothing is found, so that "absent" has a stamp too.
 type lookupSQL struct{ one, many string }
 
 // newLookupSQL returns a lookup with $1 for the subject or the array of subjects that
@@ -126,12 +130,12 @@ func newLookupSQL(sql string) lookupSQL {
 
 var (
 	keySQL = newLookupSQL(`
-SELECT pg_current_snapshot()::text, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at
+SELECT ` + stampSQL + `, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at
 FROM (VALUES (1)) AS one
 LEFT JOIN api_keys k ON k.key_hash = $1`)
 
 	keyAndPlanSQL = newLookupSQL(`
-SELECT pg_current_snapshot()::text, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at,
+SELECT ` + stampSQL + `, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at,
 	o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
 LEFT JOIN api_keys k ON k.key_hash = $1
@@ -236,14 +240,19 @@ func lookUp[S any](ctx context.Context, db DB, sql lookupSQL, subjects []S, colu
 		return err
 	}
 	var stamp string
-	_, err = pgx.ForEachRow(rows, append([]any{&stamp}, columns...), func() error {
+	var server snapshot.Server
+	_, err = pgx.ForEachRow(rows, append([]any{&stamp, &server}, columns...), func() error {
 		each()
 		return nil
 	})
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case server == 0:
+		snapshot.ReportStandby(ctx)
+	default:
+		snapshot.Report(ctx, stamp, server)
 	}
-	snapshot.Report(ctx, stamp)
 	return nil
 }
 

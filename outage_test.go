@@ -226,10 +226,10 @@ func TestStaleIfErrorEnds(t *testing.T) {
 			cache.Log().Announce(feed.TierTopic(starter), 20, instant())
 		},
 		"announced, all keys": func(_ *memoryWorld, cache *apikey.Cache, _ apikey.KeyHash, _ string) {
-			cache.Log().AnnounceAll(feed.Key, 20)
+			cache.Log().AnnounceAll(feed.Key, 20, instant())
 		},
 		"announced, all plans": func(_ *memoryWorld, cache *apikey.Cache, _ apikey.KeyHash, _ string) {
-			cache.Log().AnnounceAll(feed.Plan, 20)
+			cache.Log().AnnounceAll(feed.Plan, 20, instant())
 		},
 		"its own end": func(*memoryWorld, *apikey.Cache, apikey.KeyHash, string) { time.Sleep(time.Minute) },
 	} {
@@ -259,14 +259,14 @@ func TestStaleIfErrorEnds(t *testing.T) {
 // stamped is a store that stamps, as one on PostgreSQL does.
 func stamped(read apikey.KeyStoreFunc) apikey.KeyStore {
 	return apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
-		snapshot.Report(ctx, "10:10:")
+		snapshot.Report(ctx, "10:10:", 0)
 		return read(ctx, h)
 	})
 }
 
 func stampedPlans(read apikey.PlanStoreFunc) apikey.PlanStore {
 	return apikey.PlanStoreFunc(func(ctx context.Context, orgID string) (apikey.Plan, error) {
-		snapshot.Report(ctx, "10:10:")
+		snapshot.Report(ctx, "10:10:", 0)
 		return read(ctx, orgID)
 	})
 }

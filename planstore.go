@@ -90,7 +90,7 @@ func NewPostgresPlanStore(db DB) *PostgresPlanStore {
 }
 
 var planSQL = newLookupSQL(`
-SELECT pg_current_snapshot()::text, o.org_id, o.plan, o.status, c.api_access, o.ends_at
+SELECT ` + stampSQL + `, o.org_id, o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
 LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = $1`)
 

@@ -19,6 +19,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -41,7 +42,7 @@ type version struct {
 
 // announced returns the number of the last version whose transaction the replica
 // has been told of, or 0.
-func (s *subject) announced(cache *apikey.Cache) int {
+func (s *subject) announced(cache *apikey.Cache, server snapshot.Server) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := len(s.versions) - 1; i >= 0; i-- {
@@ -50,7 +51,7 @@ func (s *subject) announced(cache *apikey.Cache) int {
 		if err != nil {
 			panic(err)
 		}
-		if cache.Log().Refuted(before, keyTopic(s.hash)) {
+		if cache.Log().Refuted(before.On(server), keyTopic(s.hash)) {
 			return v.number
 		}
 	}
@@ -60,6 +61,7 @@ func (s *subject) announced(cache *apikey.Cache) int {
 // A history is a run of writers and readers, and what was wrong.
 type history struct {
 	pool     *pgxpool.Pool
+	server   snapshot.Server
 	subjects []*subject
 	numbers  atomic.Int64
 
@@ -147,7 +149,7 @@ func (h *history) change(ctx context.Context, tx pgx.Tx, s *subject) (version, e
 
 // use asks a replica for s and judges the answer.
 func (h *history) use(ctx context.Context, keys apikey.KeyStore, cache *apikey.Cache, s *subject) {
-	announced := s.announced(cache)
+	announced := s.announced(cache, h.server)
 	key, err := keys.Key(ctx, s.hash)
 	h.uses.Add(1)
 	wrong := ""
@@ -200,10 +202,11 @@ func (s lateStamp) Key(ctx context.Context, h apikey.KeyHash) (apikey.Key, error
 	key, err := apikey.NewPostgresKeyStore(s.pool).Key(unstamped, h)
 	pause(15 * time.Millisecond)
 	var text string
-	if err := s.pool.QueryRow(ctx, `SELECT pg_current_snapshot()::text`).Scan(&text); err != nil {
+	var server snapshot.Server
+	if err := s.pool.QueryRow(ctx, `SELECT pg_current_snapshot()::text, `+feed.ServerSQL).Scan(&text, &server); err != nil {
 		return apikey.Key{}, err
 	}
-	snapshot.Report(ctx, text)
+	snapshot.Report(ctx, text, server)
 	return key, err
 }
 
@@ -246,6 +249,7 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	const replicas, writers, readers, subjects = 3, 4, 4, 12
 	url := testservers.PostgresURL(t)
 	h := &history{pool: testservers.Pool(t, url)}
+	h.server = serverOf(t, h.pool)
 	for i := range subjects {
 		h.subjects = append(h.subjects, &subject{hash: apikey.HashKey(fmt.Sprint("subject ", i))})
 	}

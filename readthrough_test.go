@@ -336,7 +336,7 @@ func (s *batchStore) Keys(ctx context.Context, hashes []apikey.KeyHash) (map[api
 			found[h] = k
 		}
 	}
-	snapshot.Report(ctx, "10:10:")
+	snapshot.Report(ctx, "10:10:", 0)
 	return found, nil
 }
 
@@ -358,7 +358,7 @@ func TestBatchStore(t *testing.T) {
 	cache.Log().Announce(keyTopic(apikey.HashKey(good)), 20, instant())
 	s.err = errStore
 	r.wantCode(t, good, unavailable) // it has the stamp that Keys reported, and is overtaken
-	cache.Log().AnnounceAll(feed.Key, 30)
+	cache.Log().AnnounceAll(feed.Key, 30, instant())
 	r.wantCode(t, bad, unavailable)
 	s.err = errors.Join(apikey.ErrNotFound) // of a batch, "not there" is an answer without an error
 	time.Sleep(breakFor)

@@ -44,11 +44,20 @@ func parseSnapshot(t testing.TB, text string) snapshot.Snapshot {
 // keyTopic is the subject of a key in announcements.
 func keyTopic(h apikey.KeyHash) feed.Topic { return feed.KeyTopic(binary.BigEndian.Uint64(h[:])) }
 
+// serverOf returns the server of a pool, as stamps name it.
+func serverOf(t testing.TB, pool *pgxpool.Pool) (server snapshot.Server) {
+	t.Helper()
+	if err := pool.QueryRow(t.Context(), `SELECT `+feed.ServerSQL).Scan(&server); err != nil {
+		t.Fatal(err)
+	}
+	return server
+}
+
 // instant is now, as the cache counts it.
 func instant() clock.Instant { return clock.At(time.Now()) }
 
-// TestRule: when a record may decide a request. The feed's session began 100 s
-// ago, and its first beat was transaction 50.
+// TestRule: when a record may decide a request. The feed's session began when
+// transaction 50 had ended, and a second ago all changes were known.
 func TestRule(t *testing.T) {
 	const (
 		refusalLimit = time.Second
@@ -59,7 +68,9 @@ func TestRule(t *testing.T) {
 	h := apikey.HashKey("k")
 	topic := keyTopic(h)
 	ago := func(d time.Duration) clock.Instant { return clock.At(now.Add(-d)) }
-	live := func(l *feed.Log) { l.Beat(ago(100*time.Second), 50); l.Beat(ago(time.Second), 90) }
+	begin := func(l *feed.Log) { l.Begin("history", parseSnapshot(t, "51:51:"), ago(100*time.Second)) }
+	renew := func(d time.Duration) func(*feed.Log) { return func(l *feed.Log) { l.Renew(ago(d)) } }
+	live := func(l *feed.Log) { begin(l); l.Renew(ago(time.Second)) }
 	then := func(steps ...func(*feed.Log)) func(*feed.Log) {
 		return func(l *feed.Log) {
 			for _, step := range steps {
@@ -68,7 +79,7 @@ func TestRule(t *testing.T) {
 		}
 	}
 	announce := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.Announce(topic, xid, instant()) } }
-	announceAll := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.AnnounceAll(feed.Key, xid) } }
+	announceAll := func(xid uint64) func(*feed.Log) { return func(l *feed.Log) { l.AnnounceAll(feed.Key, xid, instant()) } }
 	end := func(l *feed.Log) { l.End(errStore) }
 	nothing := func(*feed.Log) {}
 
@@ -88,30 +99,33 @@ func TestRule(t *testing.T) {
 		"live":                              {live, "60:60:", vouched},
 		"live, no stamp":                    {live, "", byAge},
 		"live, no stamp, announced":         {then(live, announce(55)), "", byAge},
-		"live, first beat not seen":         {live, "40:60:50", byAge},
-		"live, read before the first beat":  {live, "50:50:", byAge},
-		"live, just after the first beat":   {live, "51:51:", vouched},
+		"nothing heard yet":                 {begin, "60:60:", byAge},
+		"live, one not seen from before":    {live, "40:60:50", byAge},
+		"live, read before the session":     {live, "50:50:", byAge},
+		"live, read as it began":            {live, "51:51:", vouched},
 		"announced, seen":                   {then(live, announce(59)), "60:60:", vouched},
 		"announced, in progress at read":    {then(live, announce(57)), "55:60:57", never},
 		"announced, later at read":          {then(live, announce(60)), "55:60:57", never},
 		"announced, ended at read":          {then(live, announce(58)), "55:60:57", vouched},
 		"two, the later one seen only":      {then(live, announce(58), announce(57)), "55:60:57", never},
-		"two, the earlier one seen only":    {then(live, announce(57), announce(58)), "55:59:57", vouched}, // cannot be: see feed.mark
+		"two, the earlier one seen only":    {then(live, announce(57), announce(58)), "55:59:57", never},
 		"a larger one before":               {then(live, announce(70), announce(58)), "55:60:57", never},
 		"another subject":                   {then(live, func(l *feed.Log) { l.Announce(feed.KeyTopic(0), 70, instant()) }), "60:60:", vouched},
 		"a plan":                            {then(live, func(l *feed.Log) { l.Announce(feed.PlanTopic("org_1"), 70, instant()) }), "60:60:", vouched},
 		"a tier":                            {then(live, func(l *feed.Log) { l.Announce(feed.TierTopic(""), 70, instant()) }), "60:60:", vouched},
-		"all plans":                         {then(live, func(l *feed.Log) { l.AnnounceAll(feed.Plan, 70) }), "60:60:", vouched},
+		"all plans":                         {then(live, func(l *feed.Log) { l.AnnounceAll(feed.Plan, 70, instant()) }), "60:60:", vouched},
 		"everything, seen":                  {then(live, announceAll(59)), "60:60:", vouched},
 		"everything, not seen":              {then(live, announceAll(60)), "60:60:", never},
-		"session ended":                     {then(live, end), "60:60:", byAge},
+		"session ended":                     {then(live, end), "60:60:", vouched}, // until the lease runs out
+		"session ended long ago":            {then(begin, renew(11*time.Second), end), "60:60:", byAge},
 		"session ended, announced before":   {then(live, announce(60), end), "60:60:", never},
-		"new session, seen by the old only": {then(live, end, func(l *feed.Log) { l.Beat(ago(time.Second), 70) }), "60:60:", byAge},
-		"lease run out":                     {func(l *feed.Log) { l.Beat(ago(10*time.Second), 50) }, "60:60:", byAge},
-		"lease about to run out": {func(l *feed.Log) {
-			l.Beat(ago(400*time.Second), 50)
-			l.Beat(ago(10*time.Second-1), 90)
-		}, "60:60:", vouched},
+		"new session, seen by the old only": {then(begin, renew(11*time.Second), end, func(l *feed.Log) { l.Begin("history", parseSnapshot(t, "70:70:"), ago(0)) }, renew(0)), "60:60:", byAge},
+		"another server":                    {func(l *feed.Log) { l.Begin("history", parseSnapshot(t, "51:51:").On(7), ago(0)); l.Renew(ago(0)) }, "60:60:", byAge},
+		"another history, announced":        {then(func(l *feed.Log) { l.Begin("other", parseSnapshot(t, "51:51:").On(7), ago(0)) }, renew(0), announce(70)), "60:60:", byAge},
+		"lease run out":                     {then(begin, renew(10*time.Second)), "60:60:", byAge},
+		"lease about to run out":            {then(begin, renew(10*time.Second-1)), "60:60:", limits{refreshAfter, refusalLimit}},
+		"half of the lease gone":            {then(begin, renew(5*time.Second)), "60:60:", limits{refreshAfter, refusalLimit}},
+		"almost half of the lease gone":     {then(begin, renew(5*time.Second-1)), "60:60:", vouched},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rdb := new(fakeRedis).client()
@@ -130,14 +144,10 @@ func TestRule(t *testing.T) {
 				"expired":     {apikey.Key{OrgID: "org_1", Active: true, ExpiresAt: now}, true, c.want.refuses},
 				"absent":      {apikey.Key{}, false, c.want.refuses},
 			} {
-				limit := min(record.limit, 100*time.Second) // what is older was read before the session
-				if strings.HasPrefix(name, "lease about") {
-					limit = record.limit
-				}
 				for _, age := range []time.Duration{
 					0, 1, refusalLimit - 1, refusalLimit, maxStaleness - 1, maxStaleness, 100 * time.Second, refreshAfter - 1, refreshAfter, time.Hour,
 				} {
-					want := age < limit || age == 100*time.Second && limit == age // read as the session began
+					want := age < record.limit
 					if got := cache.KeyUsable(h, record.key, record.found, snap, now.Add(-age), now); got != want {
 						t.Errorf("%s, %v old: usable %v, want %v", what, age, got, want)
 					}
@@ -159,10 +169,10 @@ func TestJoinedFlight(t *testing.T) {
 		keys := cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
 			lookups++
 			if lookups > 1 {
-				snapshot.Report(ctx, "20:20:")
+				snapshot.Report(ctx, "20:20:", 0)
 				return apikey.Key{ID: "new", OrgID: "org_1"}, nil
 			}
-			snapshot.Report(ctx, "10:10:")
+			snapshot.Report(ctx, "10:10:", 0)
 			<-release
 			return apikey.Key{ID: "old", OrgID: "org_1", Active: true}, nil
 		}))
@@ -523,7 +533,7 @@ func TestPgBouncer(t *testing.T) {
 	apiKey, org := w.enrol(t, live, paid)
 
 	waitFor(t, func() bool { return cache.Stats().FeedErr != nil })
-	if err := cache.Stats().FeedErr; !strings.Contains(err.Error(), "no beat came back within 1s") {
+	if err := cache.Stats().FeedErr; !strings.Contains(err.Error(), "a pooler (such as PgBouncer) is in between") {
 		t.Errorf("FeedErr is %v", err)
 	}
 	r.wantCode(t, apiKey, admitted)
@@ -608,7 +618,7 @@ func TestWatchFaults(t *testing.T) {
 // somebody makes up, cannot be understood, so nothing is trusted any longer.
 func TestUnknownAnnouncement(t *testing.T) {
 	f := newFleet(t, 1, nil)
-	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677", "group 7 staff", "all 7 staff"} {
+	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677", "group 7 staff", "all 7 staff", "beat 7 AAAA", "key 7 xyz"} {
 		mustExec(t, f.pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
 		waitFor(t, func() bool {
 			err := f.replicas[0].cache.Stats().FeedErr
@@ -616,12 +626,12 @@ func TestUnknownAnnouncement(t *testing.T) {
 		})
 		waitFor(t, func() bool { return f.replicas[0].cache.Stats().FeedLive })
 	}
-	// A foreign beat is none of ours.
+	// Anybody's beat is as good as ours.
 	before := f.replicas[0].cache.Stats()
-	mustExec(t, f.pool, `SELECT pg_notify($1, 'beat 18446744073709551615 AAAA')`, feed.Channel)
+	mustExec(t, f.pool, `SELECT pg_notify($1, 'beat ' || pg_current_xact_id()::text)`, feed.Channel)
 	apiKey, _ := f.enrol(t, live, paid)
 	f.replicas[0].wantCode(t, apiKey, admitted)
 	if got := f.replicas[0].cache.Stats(); !errors.Is(got.FeedErr, before.FeedErr) || !got.FeedLive {
-		t.Errorf("after a foreign beat: %+v", got)
+		t.Errorf("after a beat: %+v", got)
 	}
 }

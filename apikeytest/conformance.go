@@ -117,7 +117,7 @@ func TestPlanStore(t *testing.T, plans Plans) {
 type suite[S comparable, V any] struct {
 	look    func(context.Context, S) (V, error)
 	many    func(context.Context, []S) (map[S]V, error) // nil: it has none
-	put     func(*testing.T, S, V) V // returns what the store is to answer
+	put     func(*testing.T, S, V) V                    // returns what the store is to answer
 	remove  func(*testing.T, S)
 	subject func(n int) S
 	equal   func(a, b V) bool

@@ -123,7 +123,7 @@ type instance struct {
 	http.Handler
 	sql   func() int64
 	stats func() apikey.CacheStats // of apikey only
-	token func(key string) string // what a client sends for a key; the key itself if nil
+	token func(key string) string  // what a client sends for a key; the key itself if nil
 }
 
 // A peer is one way to authenticate.

@@ -21,6 +21,9 @@ func Elsewhere(unixNano int64, now Instant) (Instant, bool) {
 	return Instant{unixNano, now.mono - age}, age >= 0
 }
 
+// Add returns the Instant that is d later by both clocks.
+func (i Instant) Add(d time.Duration) Instant { return Instant{i.wall + int64(d), i.mono + int64(d)} }
+
 // UnixNano returns i by the wall clock.
 func (i Instant) UnixNano() int64 { return i.wall }
 

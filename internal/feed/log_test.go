@@ -40,10 +40,10 @@ func TestAnnounce(t *testing.T) {
 		plan     bool
 	}{
 		"a key":     {announce: func(l *Log) { l.Announce(a, 10, at(0)) }, a: true},
-		"all keys":  {announce: func(l *Log) { l.AnnounceAll(Key, 10) }, a: true, b: true},
+		"all keys":  {announce: func(l *Log) { l.AnnounceAll(Key, 10, at(0)) }, a: true, b: true},
 		"a plan":    {announce: func(l *Log) { l.Announce(PlanTopic("org"), 10, at(0)) }, plan: true},
 		"a tier":    {announce: func(l *Log) { l.Announce(TierTopic("gold"), 10, at(0)) }, plan: true},
-		"all plans": {announce: func(l *Log) { l.AnnounceAll(Plan, 10) }, plan: true},
+		"all plans": {announce: func(l *Log) { l.AnnounceAll(Plan, 10, at(0)) }, plan: true},
 		"others": {announce: func(l *Log) {
 			l.Announce(PlanTopic("gold"), 10, at(0))
 			l.Announce(TierTopic("org"), 10, at(0))
@@ -103,29 +103,39 @@ func TestOthersCostNothing(t *testing.T) {
 // TestOverflow: more topics than a log tells apart refute all of their kind that has
 // not seen them all, and nothing is forgotten.
 func TestOverflow(t *testing.T) {
-	l := newLog()
-	l.Announce(KeyTopic(1<<60), 1_000_000, at(0))
-	for i := range uint64(capacity - 1) {
-		l.Announce(KeyTopic(i), 10+i, at(0))
-	}
-	if l.Refuted(seen(t, 1), KeyTopic(1<<61)) {
-		t.Fatal("a full log refutes what was not announced")
-	}
-	epoch := l.Epoch(77)
-	l.Announce(KeyTopic(1<<62), 500_000, at(0))
-	if n := len(l.marks[Key].young); n > capacity {
-		t.Errorf("%d topics, want %d at most", n, capacity)
-	}
-	if l.Epoch(77) == epoch {
-		t.Error("the other epochs do not end")
-	}
-	for _, id := range []uint64{1 << 60, 0, 1 << 62, 1 << 61} {
-		if !l.Refuted(seen(t, 1_000_000), KeyTopic(id)) || l.Refuted(seen(t, 1_000_001), KeyTopic(id)) {
-			t.Errorf("%d: not refuted by exactly what has seen all", id)
-		}
-	}
-	if l.Refuted(seen(t, 1), PlanTopic("org")) {
-		t.Error("too many keys refute plans")
+	for name, latest := range map[string]uint64{"no snapshot yet": 0, "a snapshot before": 5, "in between": 40_000, "after": 2_000_000} {
+		t.Run(name, func(t *testing.T) {
+			l := newLog()
+			if latest > 0 {
+				l.Begin("history", seen(t, latest), at(0))
+			}
+			l.Announce(KeyTopic(1<<60), 1_000_000, at(0))
+			for i := range uint64(capacity - 1) {
+				l.Announce(KeyTopic(i), 10+i, at(0))
+			}
+			if l.Refuted(seen(t, 1), KeyTopic(1<<61)) {
+				t.Fatal("a full log refutes what was not announced")
+			}
+			epoch := l.Epoch(77)
+			l.Announce(KeyTopic(1<<62), 500_000, at(0))
+			if n := len(l.marks[Key].young); n > capacity {
+				t.Errorf("%d topics, want %d at most", n, capacity)
+			}
+			if l.Epoch(77) == epoch {
+				t.Error("the other epochs do not end")
+			}
+			for _, id := range []uint64{1 << 60, 0, 1 << 62, 1 << 61} {
+				if !l.Refuted(seen(t, 1_000_000), KeyTopic(id)) && latest < 1_000_000 {
+					t.Errorf("%d: not refuted although one is not seen", id)
+				}
+				if l.Refuted(seen(t, max(latest, 1_000_001)), KeyTopic(id)) {
+					t.Errorf("%d: refuted although all are seen", id)
+				}
+			}
+			if l.Refuted(seen(t, 1), PlanTopic("org")) {
+				t.Error("too many keys refute plans")
+			}
+		})
 	}
 }
 
@@ -149,50 +159,220 @@ func TestForgets(t *testing.T) {
 	}
 }
 
-func TestLease(t *testing.T) {
+// TestManyOfOne: a topic that changes over and over is refuted by exactly what has not
+// seen all of it, and takes a bounded place.
+func TestManyOfOne(t *testing.T) {
 	l := newLog()
-	if l.Live(at(0)) || l.Covers(seen(t, 100), at(0)) {
-		t.Error("without a beat the log is live, or covers")
+	topic := KeyTopic(1)
+	l.Begin("history", seen(t, 100), at(0))
+	for xid := uint64(100); xid < 2000; xid++ {
+		l.Announce(topic, xid, at(0))
+		if l.Refuted(seen(t, xid+1), topic) || !l.Refuted(seen(t, xid), topic) {
+			t.Fatalf("after %d: refuted, or not, by the wrong snapshots", xid)
+		}
+		if xid%10 == 0 {
+			l.Reached(seen(t, xid), at(0))
+		}
+		if n := len(l.marks[Key].young[1].xids); n > maxPerMark+11 {
+			t.Fatalf("%d transactions are kept", n)
+		}
 	}
-	l.Beat(at(0), 50)
-	first := l.Session()
-	if !l.Live(at(10*time.Second-1)) || l.Live(at(10*time.Second)) {
-		t.Error("the lease does not last from the sending of the beat to its end")
+	// A long transaction that runs through all of it, and holds xmin back, changes nothing.
+	snap, err := snapshot.Parse("50:2000:50")
+	if err != nil {
+		t.Fatal(err)
 	}
-	l.Beat(at(5*time.Second), 60)
-	if l.Session() != first {
-		t.Error("a later beat ends the session")
+	l.Reached(snap, at(time.Second))
+	for xid := uint64(2000); xid < 2010; xid++ {
+		l.Announce(topic, xid, at(time.Second))
 	}
-	if !l.Live(at(15*time.Second - 1)) {
-		t.Error("a later beat does not renew the lease")
-	}
-	if !l.Covers(seen(t, 51), at(0)) || l.Covers(seen(t, 50), at(0)) || l.Covers(seen(t, 51), at(-1)) {
-		t.Error("a record is covered, or not, against the first beat")
-	}
-
-	broken := errors.New("broken")
-	l.End(broken)
-	if l.Live(at(0)) || l.Covers(seen(t, 100), at(0)) || !errors.Is(l.Fault(), broken) {
-		t.Errorf("after the end: live %v, fault %v", l.Live(at(0)), l.Fault())
+	if snap, err = snapshot.Parse("50:2010:50"); err != nil || l.Refuted(snap, topic) {
+		t.Errorf("a record that has seen all is refuted while an old transaction runs: %v", err)
 	}
 }
 
-// TestSuspects: a change that was found counts as unannounced if the next beat
-// comes back and it still was not announced.
+// TestForged: what somebody makes up costs reads, and is gone with the next snapshot of
+// the server. It does not hide what is real.
+func TestForged(t *testing.T) {
+	l := newLog()
+	topic, other := KeyTopic(1), KeyTopic(2)
+	l.Begin("history", seen(t, 100), at(0))
+	l.Announce(topic, 100, at(time.Second)) // real
+	for _, xid := range []uint64{1 << 63, 1<<64 - 1, 5, 6, 7, 8, 9} {
+		l.Announce(topic, xid, at(time.Second))
+		l.Announce(other, xid, at(time.Second))
+		l.Announce(TierTopic("gold"), xid, at(time.Second))
+		l.AnnounceAll(Plan, xid, at(time.Second))
+	}
+	if !l.FarAhead(1<<63, 1<<20) || l.FarAhead(101, 1<<20) {
+		t.Error("what is far ahead is not told from what is not")
+	}
+	if !l.Refuted(seen(t, 110), other) {
+		t.Error("what cannot be told from a change does not refute")
+	}
+	l.Reached(seen(t, 120), at(time.Second/2)) // asked for before
+	if l.Forged() != 0 || !l.Refuted(seen(t, 110), other) {
+		t.Error("a snapshot from before tells what is false")
+	}
+	l.Reached(seen(t, 120), at(2*time.Second))
+	if n := l.Forged(); n != 8 {
+		t.Errorf("%d are found to be false, want 8", n)
+	}
+	for _, topics := range [][]Topic{{other}, {PlanTopic("org"), TierTopic("gold")}} {
+		if l.Refuted(seen(t, 110), topics...) {
+			t.Errorf("%v is refuted by what is false", topics)
+		}
+	}
+	if !l.Refuted(seen(t, 100), topic) || l.Refuted(seen(t, 101), topic) {
+		t.Error("what is false has hidden what is real")
+	}
+}
+
+func TestLease(t *testing.T) {
+	l := newLog()
+	if l.Live(at(0)) || l.Vouched(seen(t, 100), 0, at(0), false) {
+		t.Error("without a session the log is live, or vouches")
+	}
+	l.Begin("history", seen(t, 51), at(0))
+	if l.Live(at(0)) || l.Vouched(seen(t, 100), 0, at(0), false) {
+		t.Error("before anything is heard the log is live, or vouches")
+	}
+	l.Renew(at(0))
+	if !l.Live(at(10*time.Second-1)) || l.Live(at(10*time.Second)) {
+		t.Error("the lease does not last from the time up to which all is known")
+	}
+	l.Renew(at(5 * time.Second))
+	l.Renew(at(3 * time.Second)) // late
+	for now, want := range map[time.Duration][2]bool{
+		10*time.Second - 1: {true, true}, 10 * time.Second: {true, false}, 15*time.Second - 1: {true, false}, 15 * time.Second: {false, false},
+	} {
+		for i, strict := range []bool{false, true} {
+			if got := l.Vouched(seen(t, 51), 77, at(now), strict); got != want[i] {
+				t.Errorf("at %v, strict %v: vouched %v", now, strict, got)
+			}
+		}
+	}
+	if l.Vouched(seen(t, 50), 0, at(0), false) || l.Vouched(seen(t, 60).On(7), 0, at(0), false) || l.Vouched(snapshot.Snapshot{}, 0, at(0), false) {
+		t.Error("it vouches for a record from before the session, of another server, or without a stamp")
+	}
+}
+
+// TestEnd: what was known when a session ended is known until its lease runs out. The
+// records are given up bit by bit.
+func TestEnd(t *testing.T) {
+	l := newLog()
+	l.Begin("history", seen(t, 51), at(0))
+	l.Renew(at(0))
+	broken := errors.New("broken")
+	l.End(broken)
+	l.End(broken) // as when the next one cannot be begun
+	if l.Live(at(0)) || !errors.Is(l.Fault(), broken) {
+		t.Errorf("after the end: live %v, fault %v", l.Live(at(0)), l.Fault())
+	}
+	given := func(now time.Duration) (n int) {
+		for cell := range Cell(cells) {
+			if !l.Vouched(seen(t, 60), cell, at(now), false) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := given(2*time.Second + 499*time.Millisecond); n != 0 {
+		t.Errorf("%d cells are given up at once", n)
+	}
+	for second := 3; second < 10; second++ {
+		if n := given(time.Duration(second)*time.Second) - given(time.Duration(second-1)*time.Second); n > cells/7 {
+			t.Errorf("%d of %d cells are given up in one second", n, cells)
+		}
+	}
+	if n := given(10 * time.Second); n != cells {
+		t.Errorf("%d of %d cells are given up when the lease has run out", n, cells)
+	}
+	l.Begin("history", seen(t, 70), at(3*time.Second))
+	l.Renew(at(3 * time.Second))
+	if !l.Vouched(seen(t, 60), cells-1, at(4*time.Second), false) || !l.Vouched(seen(t, 70), 0, at(4*time.Second), false) {
+		t.Error("the new session ends the lease of the old one, or does not vouch for its own records")
+	}
+	if l.Vouched(seen(t, 60), cells-1, at(10*time.Second), false) {
+		t.Error("the new session vouches for records from before it")
+	}
+}
+
+// TestHistories: marks and records of another history mean nothing in this one.
+func TestHistories(t *testing.T) {
+	l := newLog()
+	topic := KeyTopic(1)
+	old, restarted, other := seen(t, 1000).On(1), seen(t, 1100).On(2), seen(t, 50).On(3)
+	if l.Foreign(old) {
+		t.Error("foreign before any session")
+	}
+	l.Begin("a", old, at(0))
+	l.Renew(at(0))
+	for xid := range uint64(10) { // so many that a snapshot stands for some
+		l.Announce(topic, 991+xid, at(0))
+	}
+	l.End(nil)
+	l.Begin("a", restarted, at(time.Second)) // the same database, started again
+	if !l.Refuted(seen(t, 1000).On(1), topic) || l.Refuted(restarted, topic) || l.Foreign(old) || l.Foreign(restarted) {
+		t.Error("what was announced before a restart is lost")
+	}
+	if !l.Foreign(other) || l.Refuted(other, topic) {
+		t.Error("a record of a database with lower transaction ids is refuted for ever")
+	}
+	l.End(nil)
+	epoch := l.Epoch(0)
+	l.Begin("b", other, at(2*time.Second))
+	l.Renew(at(2 * time.Second))
+	if l.Refuted(other, topic) || l.Refuted(old, topic) {
+		t.Error("what was announced in one history refutes in another")
+	}
+	if !l.Foreign(old) || l.Vouched(old, 0, at(2*time.Second), false) || !l.Vouched(other, 0, at(2*time.Second), false) {
+		t.Error("a record of the old history is not foreign, or is vouched for")
+	}
+	if l.Epoch(0) == epoch {
+		t.Error("records are not judged anew")
+	}
+}
+
+// TestMismatch: if the stores read from another server than the one that announces,
+// nothing is vouched for.
+func TestMismatch(t *testing.T) {
+	l := newLog()
+	l.Read(7)
+	l.Begin("history", seen(t, 51).On(1), at(0))
+	l.Renew(at(0))
+	l.Read(1)
+	l.Read(0) // a standby, or a store that does not tell
+	if l.Mismatched() || !l.Live(at(0)) || !l.readSince(time.Minute) {
+		t.Error("the right server is taken for another one")
+	}
+	l.Read(2)
+	if !l.Mismatched() || l.Live(at(0)) || l.Vouched(seen(t, 60).On(1), 0, at(0), false) || l.Vouched(seen(t, 60).On(2), 0, at(0), false) {
+		t.Error("something is vouched for")
+	}
+	l.End(ErrOtherServer)
+	if l.Vouched(seen(t, 60).On(1), 0, at(0), false) {
+		t.Error("something is vouched for after the end")
+	}
+}
+
+// TestSuspects: a change that was found counts as unannounced if the lease is renewed
+// to a later time and it still was not announced.
 func TestSuspects(t *testing.T) {
 	l := newLog()
 	a, b, c, d := KeyTopic(1), KeyTopic(2), KeyTopic(3), KeyTopic(4)
-	l.Beat(at(0), 50)
+	l.Begin("history", seen(t, 50), at(0))
+	l.Renew(at(0))
 	l.Suspect(at(time.Second), seen(t, 60), a)
 	l.Suspect(at(time.Second), seen(t, 60), b)
 	l.Suspect(at(3*time.Second), seen(t, 60), c)
 	l.Announce(b, 61, at(0)) // on its way when it was found
-	l.Beat(at(2*time.Second), 62)
+	l.Renew(at(2 * time.Second))
 	if n := l.Unannounced(); n != 1 {
 		t.Errorf("%d unannounced changes, want 1", n)
 	}
-	l.Beat(at(4*time.Second), 63)
-	l.Beat(at(5*time.Second), 64)
+	l.Renew(at(4 * time.Second))
+	l.Renew(at(5 * time.Second))
 	if n := l.Unannounced(); n != 2 {
 		t.Errorf("%d unannounced changes, want 2", n)
 	}
@@ -204,7 +384,8 @@ func TestSuspects(t *testing.T) {
 		t.Errorf("%d suspects are kept, want %d", n, maxSuspects)
 	}
 	l.End(nil) // announcements may have been missed, so nothing can be said of them
-	l.Beat(at(7*time.Second), 70)
+	l.Begin("history", seen(t, 50), at(7*time.Second))
+	l.Renew(at(7 * time.Second))
 	if n := l.Unannounced(); n != 2 {
 		t.Errorf("%d unannounced changes, want 2 as before", n)
 	}
@@ -220,7 +401,7 @@ func TestParse(t *testing.T) {
 		"keys 12":                        {kind: kindKeys, xid: 12},
 		"plans 12":                       {kind: kindPlans, xid: 12},
 		"all 18446744073709551615":       {kind: kindAll, xid: 1<<64 - 1},
-		"beat 12 NONCE":                  {kind: kindBeat, xid: 12, subject: "NONCE"},
+		"beat 12":                        {kind: kindBeat, xid: 12},
 		"":                               {},
 		"key":                            {},
 		"key 12":                         {},

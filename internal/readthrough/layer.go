@@ -43,7 +43,7 @@ type Stats struct {
 	Hits, Misses                    atomic.Uint64 // of records in Redis
 	Batches, Reads, Errors, Skipped atomic.Uint64 // of lookups in stores
 	Queue                           batch.Stats
-	Busy, StaleUses                 atomic.Uint64
+	Busy, StaleUses, Standby        atomic.Uint64
 	Abandoned                       atomic.Int64 // under way although their time is over
 }
 
@@ -219,8 +219,9 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 		return
 	}
 	log := l.shared.Log
-	if a, b := l.kind.Topics(subject, &old.Value); log.Covers(old.Snapshot, old.ReadAt) && !log.Refuted(old.Snapshot, a, b) {
-		log.Suspect(clock.At(time.Now()), old.Snapshot, a, b)
+	now := clock.At(time.Now())
+	if a, b := l.kind.Topics(subject, &old.Value); log.Live(now) && log.Vouched(old.Snapshot, old.cell, now, false) && !log.Refuted(old.Snapshot, a, b) {
+		log.Suspect(now, old.Snapshot, a, b)
 	}
 }
 
@@ -248,6 +249,7 @@ func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Reco
 
 func (l *Layer[S, V]) encode(rec *Record[V]) []byte {
 	body := sealed.AppendInt(nil, rec.ReadAt.UnixNano())
+	body = sealed.AppendInt(body, int64(rec.Snapshot.Server()))
 	return l.kind.Append(sealed.AppendString(body, rec.Snapshot.String()), &rec.Value)
 }
 
@@ -257,11 +259,12 @@ func (l *Layer[S, V]) encode(rec *Record[V]) []byte {
 func (l *Layer[S, V]) decode(subject S, body []byte, now clock.Instant) *Record[V] {
 	d := sealed.NewDecoder(body)
 	readAt, past := clock.Elsewhere(d.Int(), now)
+	server := snapshot.Server(d.Int())
 	snap, err := snapshot.ParseOptional(d.String())
 	if err != nil || !past {
 		return nil
 	}
-	rec := l.NewRecord(subject, Stamp{snap, readAt})
+	rec := l.NewRecord(subject, Stamp{snap.On(server), readAt})
 	rec.Found = true
 	l.kind.Decode(d, rec)
 	if !d.Done() {

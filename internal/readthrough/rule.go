@@ -45,15 +45,19 @@ func (l *Layer[S, V]) Usable(subject S, rec *Record[V], now clock.Instant) bool 
 		return false
 	}
 	age, limits := rec.ReadAt.Age(now), &l.shared.Limits
-	return age < limits.MaxRefusalStaleness ||
-		age < limits.RefreshAfter && l.shared.Log.Live(now) && l.shared.Log.Covers(rec.Snapshot, rec.ReadAt) ||
-		age < limits.MaxStaleness && l.admits(rec, now)
+	if age < limits.MaxRefusalStaleness {
+		return true
+	}
+	admits := l.admits(rec, now)
+	return age < limits.RefreshAfter && l.shared.Log.Vouched(rec.Snapshot, rec.cell, now, !admits) ||
+		age < limits.MaxStaleness && admits
 }
 
 // usableIfError reports whether rec, although not usable, may admit a request at
 // now because the store cannot be read.
 func (l *Layer[S, V]) usableIfError(subject S, rec *Record[V], now clock.Instant) bool {
-	return rec.ReadAt.Age(now) < l.shared.Limits.StaleIfError && l.admits(rec, now) && !l.refuted(subject, rec)
+	return rec.ReadAt.Age(now) < l.shared.Limits.StaleIfError && l.admits(rec, now) &&
+		!l.refuted(subject, rec) && !l.shared.Log.Foreign(rec.Snapshot)
 }
 
 func (l *Layer[S, V]) admits(rec *Record[V], now clock.Instant) bool {

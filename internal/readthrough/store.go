@@ -79,6 +79,10 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 			return nil, err
 		}
 		stamp.Snapshot = collector.Snapshot()
+		l.shared.Log.Read(stamp.Snapshot.Server())
+		if collector.Standby() {
+			stats.Standby.Add(uint64(len(subjects)))
+		}
 		records := make([]*Record[V], len(subjects))
 		for i, subject := range subjects {
 			records[i] = l.NewRecord(subject, stamp)

@@ -15,11 +15,43 @@ import (
 	"sync"
 )
 
-// A Snapshot is a parsed pg_snapshot. The zero value is "no stamp": it has seen
-// no transaction. Snapshots are immutable.
+// A Snapshot is a parsed pg_snapshot, and the server that it is of. The zero value is
+// "no stamp": it has seen no transaction. Snapshots are immutable.
 type Snapshot struct {
+	server     Server
 	xmin, xmax uint64    // all before xmin have ended; none from xmax on has
 	xip        *[]uint64 // in progress, xmin <= x < xmax, ascending; nil: none, which is the rule and takes less memory
+}
+
+// A Server tells the runs of servers apart: it is the microsecond in which the
+// postmaster started, since 1970. Transaction ids of two runs have to do with each
+// other only if their histories are the same. 0 is not known.
+type Server int64
+
+// On returns s as a snapshot of a server.
+func (s Snapshot) On(server Server) Snapshot {
+	s.server = server
+	return s
+}
+
+// Server returns the server that s is of.
+func (s Snapshot) Server() Server { return s.server }
+
+// XMax returns the first transaction id that no transaction had when s was taken.
+func (s Snapshot) XMax() uint64 { return s.xmax }
+
+// Includes reports whether s has seen all that other has seen. Of two snapshots of a
+// server, the later one includes the earlier one.
+func (s Snapshot) Includes(other Snapshot) bool {
+	if s.server != other.server || s.xmax < other.xmax {
+		return false
+	}
+	for _, x := range s.running() {
+		if x < other.xmax && other.Sees(x) {
+			return false
+		}
+	}
+	return true
 }
 
 // Parse reads the text form "xmin:xmax:xip,xip,...".
@@ -110,9 +142,10 @@ func (s Snapshot) running() []uint64 {
 // travels in the context, and not in the answer, so that stores wrapped in a
 // caller's own decorators keep their stamps, and so that "absent" has one too.
 type Collector struct {
-	mu    sync.Mutex
-	reads int
-	snap  Snapshot
+	mu      sync.Mutex
+	reads   int
+	snap    Snapshot
+	standby bool
 }
 
 type collectorKey struct{}
@@ -123,9 +156,19 @@ func Collect(ctx context.Context) (context.Context, *Collector) {
 	return context.WithValue(ctx, collectorKey{}, c), c
 }
 
+// ReportStandby notes that the read under way is of a standby. It has no stamp: a
+// standby lags, and its snapshots leave out running transactions.
+func ReportStandby(ctx context.Context) {
+	if c, ok := ctx.Value(collectorKey{}).(*Collector); ok {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.standby = true
+	}
+}
+
 // Report stamps the read under way with text, the pg_current_snapshot() of the
-// statement that read. Without a Collector in ctx it does nothing.
-func Report(ctx context.Context, text string) {
+// statement that read, and the server. Without a Collector in ctx it does nothing.
+func Report(ctx context.Context, text string, server Server) {
 	c, ok := ctx.Value(collectorKey{}).(*Collector)
 	if !ok {
 		return
@@ -137,7 +180,7 @@ func Report(ctx context.Context, text string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.reads++
-	c.snap = snap
+	c.snap = snap.On(server)
 }
 
 // Snapshot returns the collected stamp. It is zero unless exactly one read
@@ -145,8 +188,15 @@ func Report(ctx context.Context, text string) {
 func (c *Collector) Snapshot() Snapshot {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.reads != 1 {
+	if c.reads != 1 || c.standby {
 		return Snapshot{}
 	}
 	return c.snap
+}
+
+// Standby reports whether a standby was read.
+func (c *Collector) Standby() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.standby
 }

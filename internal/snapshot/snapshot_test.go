@@ -91,26 +91,26 @@ func FuzzParse(f *testing.F) {
 }
 
 func TestCollect(t *testing.T) {
-	snapshot.Report(t.Context(), "10:20:") // nobody collects: nothing happens
+	snapshot.Report(t.Context(), "10:20:", 0) // nobody collects: nothing happens
 
 	ctx, c := snapshot.Collect(t.Context())
 	if !c.Snapshot().IsZero() {
 		t.Error("a stamp before the read")
 	}
 	type key struct{}
-	snapshot.Report(context.WithValue(ctx, key{}, 1), "10:20:") // as through decorators
+	snapshot.Report(context.WithValue(ctx, key{}, 1), "10:20:", 0) // as through decorators
 	if got := c.Snapshot().String(); got != "10:20:" {
 		t.Errorf("collected %q", got)
 	}
 
 	// An answer made of two reads has no snapshot, even if they agree.
-	snapshot.Report(ctx, "10:20:")
+	snapshot.Report(ctx, "10:20:", 0)
 	if got := c.Snapshot(); !got.IsZero() {
 		t.Errorf("two reads are stamped %s", got)
 	}
 
 	ctx, c = snapshot.Collect(t.Context())
-	snapshot.Report(ctx, "nonsense")
+	snapshot.Report(ctx, "nonsense", 0)
 	if got := c.Snapshot(); !got.IsZero() {
 		t.Errorf("nonsense is the stamp %s", got)
 	}
@@ -118,7 +118,51 @@ func TestCollect(t *testing.T) {
 	ctx, c = snapshot.Collect(t.Context())
 	var wg sync.WaitGroup
 	for range 4 {
-		wg.Go(func() { snapshot.Report(ctx, "10:20:"); c.Snapshot() })
+		wg.Go(func() { snapshot.Report(ctx, "10:20:", 0); c.Snapshot() })
 	}
 	wg.Wait()
+}
+
+func TestIncludes(t *testing.T) {
+	parse := func(text string, server snapshot.Server) snapshot.Snapshot {
+		s, err := snapshot.Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.On(server)
+	}
+	for _, c := range []struct {
+		later, earlier string
+		want           bool
+	}{
+		{"10:10:", "10:10:", true},
+		{"11:11:", "10:10:", true},
+		{"10:10:", "11:11:", false},
+		{"10:20:10,15", "10:20:10,15", true},
+		{"10:20:10", "10:20:10,15", true},
+		{"10:20:10,15", "10:20:10", false}, // 15 was still running
+		{"10:30:10,25", "10:20:10", true},  // 25 began after the earlier one
+		{"15:30:15", "10:20:10,15", true},
+		{"15:30:16", "10:20:10,15", false},
+	} {
+		if got := parse(c.later, 1).Includes(parse(c.earlier, 1)); got != c.want {
+			t.Errorf("%s includes %s: %v", c.later, c.earlier, got)
+		}
+		if parse(c.later, 2).Includes(parse(c.earlier, 1)) {
+			t.Errorf("%s includes %s of another server", c.later, c.earlier)
+		}
+	}
+}
+
+// TestStandby: a read of a standby has no stamp.
+func TestStandby(t *testing.T) {
+	ctx, c := snapshot.Collect(t.Context())
+	snapshot.Report(ctx, "10:20:", 7)
+	if c.Standby() || c.Snapshot().Server() != 7 {
+		t.Errorf("%v, server %d", c.Standby(), c.Snapshot().Server())
+	}
+	snapshot.ReportStandby(ctx)
+	if !c.Standby() || !c.Snapshot().IsZero() {
+		t.Errorf("a standby has the stamp %s", c.Snapshot())
+	}
 }

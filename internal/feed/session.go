@@ -1,0 +1,329 @@
+package feed
+
+// One session on the wire. It speaks the protocol itself, since a read must not wait
+// for the answer to the one before: with a slow network that would take longer than
+// the lease.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey/internal/clock"
+	"github.com/trackpilots/apikey/internal/snapshot"
+)
+
+const (
+	readsPerLease = 8
+	quietPerLease = 4 // after this part of a lease without an announcement a beat is sent
+	closeTimeout  = time.Second
+
+	// farAhead is how many transactions a server does not begin between two reads: an
+	// announcement of one that is farther ahead is looked into at once.
+	farAhead = 1 << 20
+)
+
+// errPooler is why a session is not begun behind a pooler: it would not be sent what is
+// announced, and would leave LISTEN behind on connections that others are given.
+var errPooler = errors.New("a pooler (such as PgBouncer) is in between, which does not deliver announcements: " +
+	"give Watch a pool that connects to PostgreSQL directly; the stores may stay behind the pooler")
+
+const (
+	readSQL = `SELECT pg_catalog.pg_current_snapshot()::text`
+	beatSQL = readSQL + `; SELECT pg_catalog.pg_notify('` + Channel + `', '` + kindBeat + ` ' || pg_catalog.pg_current_xact_id()::text)`
+
+	// The session reads more often than any idle_session_timeout that makes sense.
+	quietSQL = `SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'`
+)
+
+// ServerSQL is an expression for the [snapshot.Server] that runs it, as a bigint; 0 is a
+// standby, whose snapshots are worth nothing.
+const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint END`
+
+// historySQL tells what database this is, and which timeline of it: it changes when a
+// standby is promoted, also if that had not received the last transactions.
+const historySQL = `SELECT system_identifier::text || ' ' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) || ' ' ||
+	(SELECT oid FROM pg_database WHERE datname = current_database()) FROM pg_control_system()`
+
+// A wire is the connection of a session.
+type wire struct {
+	conn   *pgconn.HijackedConn
+	log    *Log
+	server snapshot.Server
+
+	mu       sync.Mutex
+	proof    proof
+	asked    []clock.Instant // for snapshots, oldest first
+	heard    time.Time       // when the last announcement was
+	answered time.Time       // when the server last said something
+}
+
+// connect makes a connection, and begins a session in log.
+func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
+	ctx, cancel := context.WithTimeout(ctx, max(log.lease, time.Second))
+	defer cancel()
+	config, err := connConfig(ctx, pool)
+	if err != nil {
+		return nil, fmt.Errorf("connecting: %w", err)
+	}
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("connecting: %w", err)
+	}
+	w, err := begin(ctx, conn, log)
+	if err != nil {
+		_ = conn.Close(ctx)
+		return nil, err
+	}
+	return w, nil
+}
+
+// connConfig is how the pool connects, without what others do on its connections.
+// BeforeConnect is part of how: it may fetch the password.
+func connConfig(ctx context.Context, pool *pgxpool.Pool) (*pgx.ConnConfig, error) {
+	poolConfig := pool.Config()
+	config := poolConfig.ConnConfig.Copy()
+	if poolConfig.BeforeConnect != nil {
+		if err := poolConfig.BeforeConnect(ctx, config); err != nil {
+			return nil, err
+		}
+	}
+	config.OnNotification, config.OnNotice, config.AfterConnect, config.Tracer = nil, nil, nil, nil
+	return config, nil
+}
+
+// begin makes a connection listen.
+func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
+	simple := pgx.QueryExecModeSimpleProtocol
+	var pid uint32
+	var server snapshot.Server
+	if err := conn.QueryRow(ctx, `SELECT pg_catalog.pg_backend_pid(), `+ServerSQL, simple).Scan(&pid, &server); err != nil {
+		return nil, fmt.Errorf("connecting: %w", err)
+	}
+	switch {
+	case pid != conn.PgConn().PID(): // which the client was told when it connected
+		return nil, errPooler
+	case server == 0:
+		return nil, errors.New("connecting: this is a standby, where nothing is announced: connect to the primary")
+	}
+	var history string
+	if err := conn.QueryRow(ctx, historySQL, simple).Scan(&history); err != nil {
+		history = strconv.FormatInt(int64(server), 10) // not for this role to see: then each run is a history
+	}
+	for _, sql := range []string{quietSQL, "LISTEN " + Channel} {
+		if _, err := conn.Exec(ctx, sql, simple); err != nil {
+			return nil, fmt.Errorf("LISTEN: %w", err)
+		}
+	}
+	asked := clock.At(time.Now())
+	var text string
+	if err := conn.QueryRow(ctx, readSQL, simple).Scan(&text); err != nil {
+		return nil, fmt.Errorf("LISTEN: %w", err)
+	}
+	first, err := snapshot.Parse(text)
+	if err != nil {
+		return nil, err
+	}
+	hijacked, err := conn.PgConn().Hijack()
+	if err != nil {
+		return nil, err
+	}
+	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now()}
+	first = first.On(server)
+	w.proof.read(read{asked, first})
+	log.Begin(History(history), first, asked)
+	return w, nil
+}
+
+// run receives until the first fault, or until ctx ends.
+func (w *wire) run(ctx context.Context, pool *pgxpool.Pool) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var senders sync.WaitGroup
+	defer senders.Wait()
+	defer cancel(nil)
+	defer w.close()
+	senders.Go(func() { cancel(w.send(ctx)) })
+	senders.Go(func() { w.compare(ctx, pool) })
+	stop := context.AfterFunc(ctx, func() { _ = w.conn.Conn.SetReadDeadline(time.Now()) })
+	defer stop()
+	for {
+		err := w.receive()
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		default:
+			return fmt.Errorf("listening: %w", err)
+		}
+	}
+}
+
+func (w *wire) close() {
+	_ = w.conn.Conn.SetDeadline(time.Now().Add(closeTimeout))
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.conn.Frontend.Send(&pgproto3.Terminate{})
+	_ = w.conn.Frontend.Flush()
+	_ = w.conn.Conn.Close()
+}
+
+// send reads several times a lease, and sends a beat with it if nothing has been heard
+// for that long from anybody. It returns an error when the server is silent for a
+// lease.
+func (w *wire) send(ctx context.Context) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	lease := w.log.lease
+	// Others that begin at this moment need but one beat for all.
+	wait := rand.N(lease/40 + 1)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+		w.mu.Lock()
+		silent, quiet := time.Since(w.answered), time.Since(w.heard)
+		w.mu.Unlock()
+		switch {
+		case silent >= lease:
+			return fmt.Errorf("listening: nothing came from the server for %v", lease)
+		case w.log.Mismatched():
+			return ErrOtherServer
+		case w.log.Crowded():
+			return errors.New("listening: more is announced than can be verified")
+		}
+		sql := readSQL
+		if quiet >= lease/quietPerLease {
+			sql = beatSQL
+		}
+		if err := w.query(sql); err != nil {
+			return fmt.Errorf("listening: %w", err)
+		}
+		wait = lease/readsPerLease + rand.N(lease/(4*readsPerLease)+1)
+	}
+}
+
+// query sends a query for a snapshot.
+func (w *wire) query(sql string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.asked = append(w.asked, clock.At(time.Now()))
+	w.conn.Frontend.Send(&pgproto3.Query{String: sql})
+	if err := w.conn.Conn.SetWriteDeadline(time.Now().Add(w.log.lease)); err != nil {
+		return err
+	}
+	return w.conn.Frontend.Flush()
+}
+
+// readSoon sends a query for a snapshot, unless the answer to one is on its way.
+func (w *wire) readSoon() error {
+	w.mu.Lock()
+	waiting := len(w.asked) > 0
+	w.mu.Unlock()
+	if waiting {
+		return nil
+	}
+	return w.query(readSQL)
+}
+
+// receive receives one message.
+func (w *wire) receive() error {
+	message, err := w.conn.Frontend.Receive()
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	w.answered = time.Now()
+	w.mu.Unlock()
+	switch m := message.(type) {
+	case *pgproto3.NotificationResponse:
+		if m.Channel == Channel {
+			return w.notified(m.Payload)
+		}
+	case *pgproto3.DataRow:
+		if len(m.Values) == 1 && len(m.Values[0]) > 0 { // that of pg_notify is empty
+			return w.snapshot(string(m.Values[0]))
+		}
+	case *pgproto3.ErrorResponse:
+		return pgconn.ErrorResponseToPgError(m)
+	}
+	return nil
+}
+
+// snapshot takes the answer to the oldest query.
+func (w *wire) snapshot(text string) error {
+	snap, err := snapshot.Parse(text)
+	if err != nil {
+		return err
+	}
+	snap = snap.On(w.server)
+	w.mu.Lock()
+	if len(w.asked) == 0 {
+		w.mu.Unlock()
+		return errors.New("an answer to nothing")
+	}
+	asked := w.asked[0]
+	w.asked = w.asked[1:]
+	w.proof.read(read{asked, snap})
+	w.mu.Unlock()
+	w.log.Reached(snap, asked)
+	return nil
+}
+
+// notified takes an announcement.
+func (w *wire) notified(payload string) error {
+	a, err := parse(payload)
+	if err != nil {
+		return err // what it announces cannot be known, so nothing is until the next session
+	}
+	now := time.Now()
+	a.enter(w.log, clock.At(now))
+	if w.log.FarAhead(a.xid, farAhead) { // false, most likely: it proves nothing, and is to be gone soon
+		return w.readSoon()
+	}
+	w.mu.Lock()
+	w.heard = now
+	known, ok := w.proof.heard(a.xid)
+	w.mu.Unlock()
+	if ok {
+		w.log.Renew(known)
+	}
+	return nil
+}
+
+// compare asks through the pool now and then which server the stores read from, if no
+// store has told lately. That the pool has no connection free tells nothing.
+func (w *wire) compare(ctx context.Context, pool *pgxpool.Pool) {
+	defer func() { _ = recover() }() // a hook of the pool's: it must not end the process
+	lease := w.log.lease
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(lease/2 + rand.N(lease/8+1)):
+		}
+		if w.log.readSince(lease / 2) {
+			continue
+		}
+		ask, cancel := context.WithTimeout(ctx, lease/4)
+		var server snapshot.Server
+		err := pool.QueryRow(ask, `SELECT `+ServerSQL, pgx.QueryExecModeExec).Scan(&server)
+		cancel()
+		if err == nil {
+			w.log.Read(server)
+		}
+	}
+}
