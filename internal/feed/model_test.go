@@ -1,0 +1,272 @@
+package feed
+
+import (
+	"flag"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/trackpilots/apikey/internal/clock"
+	"github.com/trackpilots/apikey/internal/snapshot"
+)
+
+// A state is a database, a session and one record, small enough to go through every
+// order in which things can happen to them. A moment is told by the version that the
+// row had then: a record that is vouched for must be no older than the row was at the
+// time up to which the session says it knows all changes.
+type state struct {
+	// The database.
+	next    uint64   // transaction id
+	running []uint64 // transactions that change the row, and have not committed
+	queue   []notice // committed, and not delivered to the session
+	row     int      // its version: each commit makes the next one
+
+	// The session.
+	listens bool
+	first   *snapshot.Snapshot // nil: there is no session yet
+	answer  *read              // to its read, on the way
+	proof   proof
+	known   int // all changes up to this version are known; 0: none are
+	mark    mark
+
+	// A record, and one on its way from the store.
+	record, reading *copied
+}
+
+type notice struct {
+	xid  uint64
+	beat bool // of no change
+}
+
+type copied struct {
+	version int
+	snap    snapshot.Snapshot
+}
+
+// A mistake is a condition that is left out, to see that the model notices.
+type mistake string
+
+const (
+	none          mistake = ""
+	noServer      mistake = "the server is not compared"
+	noUnseen      mistake = "whatever is heard proves the latest snapshot"
+	timeAfterRead mistake = "the time of a read is taken when its answer arrives"
+	noFirst       mistake = "a record need not include the first snapshot"
+	noRefutation  mistake = "an announced change does not refute"
+	noListen      mistake = "the first snapshot is taken before the connection listens"
+)
+
+// moment is the present, as an Instant of the proof.
+func (s *state) moment() clock.Instant { return at(time.Duration(s.row)) }
+
+func versionAt(i clock.Instant) int { return int(at(0).Age(at(0))) - int(i.Age(at(0))) }
+
+// snapshot is what the server would return now.
+func (s *state) snapshot() snapshot.Snapshot {
+	text := fmt.Sprintf("%d:%d:", slices.Min(append(slices.Clone(s.running), s.next)), s.next)
+	for i, x := range s.running {
+		if i > 0 {
+			text += ","
+		}
+		text += fmt.Sprint(x)
+	}
+	snap, err := snapshot.Parse(text)
+	if err != nil {
+		panic(err)
+	}
+	return snap.On(1)
+}
+
+// A move is something that can happen. It reports whether it can in this state.
+type move struct {
+	name string
+	make func(s *state, broken mistake) bool
+}
+
+var moves = []move{
+	{"a change begins", func(s *state, _ mistake) bool {
+		s.running = append(slices.Clone(s.running), s.next)
+		s.next++
+		return len(s.running) <= 2 && s.next <= 14
+	}},
+	{"the older change commits", func(s *state, _ mistake) bool { return s.commit(0) }},
+	{"the newer change commits", func(s *state, _ mistake) bool { return s.commit(1) }},
+	{"somebody sends a beat", func(s *state, _ mistake) bool {
+		s.queue = append(slices.Clone(s.queue), notice{s.next, true})
+		s.next++
+		return s.listens && s.next <= 14
+	}},
+	{"the session listens", func(s *state, broken mistake) bool {
+		if s.listens || broken == noListen && s.first == nil {
+			return false
+		}
+		s.listens, s.queue = true, nil // what was committed before is not delivered
+		if broken != noListen {
+			s.begin()
+		}
+		return true
+	}},
+	{"the session takes its first snapshot", func(s *state, broken mistake) bool {
+		if broken != noListen || s.first != nil {
+			return false
+		}
+		s.begin()
+		return true
+	}},
+	{"the session is sent a notice", func(s *state, broken mistake) bool {
+		if !s.listens || len(s.queue) == 0 {
+			return false
+		}
+		n := s.queue[0]
+		s.queue = s.queue[1:]
+		if !n.beat {
+			s.mark.add(n.xid, snapshot.Snapshot{})
+		}
+		known, ok := s.proof.heard(n.xid)
+		if reads := s.proof.reads; broken == noUnseen && len(reads) > 0 {
+			known, ok = reads[len(reads)-1].asked, true
+		}
+		if ok {
+			s.known = max(s.known, versionAt(known))
+		}
+		return true
+	}},
+	{"the session's read is made", func(s *state, _ mistake) bool {
+		if !s.listens || s.answer != nil {
+			return false
+		}
+		s.answer = &read{s.moment(), s.snapshot()}
+		return true
+	}},
+	{"and is answered", func(s *state, broken mistake) bool {
+		if s.answer == nil {
+			return false
+		}
+		r := *s.answer
+		if broken == timeAfterRead {
+			r.asked = s.moment()
+		}
+		s.proof.reads = slices.Clone(s.proof.reads)
+		s.proof.read(r)
+		s.answer = nil
+		return true
+	}},
+	{"a store reads", func(s *state, _ mistake) bool {
+		wasReading := s.reading != nil
+		s.reading = &copied{s.row, s.snapshot()}
+		return !wasReading
+	}},
+	{"a store reads another server, with the first version", func(s *state, broken mistake) bool {
+		wasReading := s.reading != nil
+		s.reading = &copied{1, s.snapshot().On(2)} // its transaction ids may well be the same
+		if broken == noServer {
+			s.reading.snap = s.reading.snap.On(1)
+		}
+		return !wasReading
+	}},
+	{"its facts arrive", func(s *state, _ mistake) bool {
+		if s.reading == nil {
+			return false
+		}
+		s.record, s.reading = s.reading, nil
+		return true
+	}},
+}
+
+func (s *state) begin() {
+	first := s.snapshot()
+	s.first = &first
+	s.proof = proof{[]read{{s.moment(), first}}}
+}
+
+func (s *state) commit(i int) bool {
+	if i >= len(s.running) {
+		return false
+	}
+	s.queue = append(slices.Clone(s.queue), notice{s.running[i], false})
+	s.running = slices.Delete(slices.Clone(s.running), i, i+1)
+	s.row++
+	return true
+}
+
+// wrong reports whether a stale record is vouched for.
+func (s *state) wrong(broken mistake) bool {
+	return s.record != nil && s.first != nil && s.record.version < s.known &&
+		(s.record.snap.Includes(*s.first) || broken == noFirst && s.record.snap.Server() == 1) &&
+		(s.mark.seenBy(s.record.snap) || broken == noRefutation)
+}
+
+// key tells states apart.
+func (s *state) key() string {
+	text := fmt.Sprint(s.next, s.running, s.queue, s.row, s.listens, s.known, s.mark.xids)
+	for _, r := range s.proof.reads {
+		text += fmt.Sprint(" ", r.snap, versionAt(r.asked))
+	}
+	if s.first != nil {
+		text += fmt.Sprint(" first ", *s.first)
+	}
+	if s.answer != nil {
+		text += fmt.Sprint(" answer ", s.answer.snap, versionAt(s.answer.asked))
+	}
+	for _, c := range []*copied{s.record, s.reading} {
+		if c != nil {
+			text += fmt.Sprint(" copy ", c.version, c.snap, c.snap.Server())
+		}
+		text += ","
+	}
+	return text
+}
+
+// search goes through all that can happen in so many moves, and returns the first way
+// to a stale record that is vouched for.
+func search(broken mistake, most int) (way []string, states int) {
+	type visit struct {
+		state
+		way []string
+	}
+	level, seen := []visit{{state: state{next: 10, row: 1}}}, map[string]bool{}
+	for range most {
+		var next []visit
+		for _, v := range level {
+			for _, m := range moves {
+				s := v.state
+				if !m.make(&s, broken) {
+					continue
+				}
+				if key := s.key(); seen[key] {
+					continue
+				} else {
+					seen[key] = true
+				}
+				way := append(v.way[:len(v.way):len(v.way)], m.name)
+				if s.wrong(broken) {
+					return way, len(seen)
+				}
+				next = append(next, visit{s, way})
+			}
+		}
+		level = next
+	}
+	return nil, len(seen)
+}
+
+var modelMoves = flag.Int("model.moves", 9, "moves in TestModel")
+
+// TestModel: whatever happens in whatever order, no stale record is vouched for; and if
+// one of the conditions is left out, there is a way to one.
+func TestModel(t *testing.T) {
+	way, states := search(none, *modelMoves)
+	if way != nil {
+		t.Errorf("a stale record is vouched for: %q", way)
+	}
+	t.Logf("%d states in up to %d moves", states, *modelMoves)
+	for _, broken := range []mistake{noServer, noUnseen, timeAfterRead, noFirst, noRefutation, noListen} {
+		way, states := search(broken, 12)
+		if way == nil {
+			t.Errorf("%s, and none of %d states shows it", broken, states)
+			continue
+		}
+		t.Logf("%s: %d states, then %q", broken, states, way)
+	}
+}
