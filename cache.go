@@ -243,7 +243,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 			return t, t
 		},
 		Admits: func(k *keyFacts, now time.Time) bool { return k.live(now) },
-		Same:   func(a, b *keyFacts) bool { return a.Key.equal(b.Key) },
+		Same:   func(a, b *keyFacts) bool { return a.equal(b.Key) },
 		Append: appendKey,
 		Decode: c.decodeKey,
 	}, o.MemoryEntries, absentKeys)

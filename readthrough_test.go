@@ -105,7 +105,7 @@ func TestPlanStaysWithItsStore(t *testing.T) {
 		"a decorator around ours":       {w.PostgresKeyStore, decorated{w.PostgresPlanStore}, admitted, 2},
 		"a decorator that knows better": {w.PostgresKeyStore, decorated{free}, planExpired, 2},
 		"our stores on two pools":       {w.PostgresKeyStore, apikey.NewPostgresPlanStore(other), admitted, 2},
-		"a key store of the user's":     {apikey.KeyStoreFunc(w.PostgresKeyStore.Key), w.PostgresPlanStore, admitted, 2},
+		"a key store of the user's":     {apikey.KeyStoreFunc(w.Key), w.PostgresPlanStore, admitted, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			secret := newSecret()
@@ -159,12 +159,13 @@ func TestColdKeysGoTogether(t *testing.T) {
 	mustExec(t, w.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
 	mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
 	mustExec(t, w.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
+	patient := &apikey.CacheOptions{StoreTimeout: 10 * time.Second, RedisTimeout: 10 * time.Second} // on a busy machine
 	for name, r := range map[string]replica{
-		"joined":   newPostgresReplica(w, testservers.Redis(t), newSecret(), &apikey.CacheOptions{StoreTimeout: 10 * time.Second}),
-		"separate": newReplica(w, testservers.Redis(t), newSecret(), &apikey.CacheOptions{StoreTimeout: 10 * time.Second}),
+		"joined":   newPostgresReplica(w, testservers.Redis(t), newSecret(), patient),
+		"separate": newReplica(w, testservers.Redis(t), newSecret(), patient),
 		"one by one": func() replica {
-			cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{StoreTimeout: 10 * time.Second})
-			return replica{apikey.New(cache.Keys(apikey.KeyStoreFunc(w.PostgresKeyStore.Key)), cache.Plans(apikey.PlanStoreFunc(w.PostgresPlanStore.Plan)), nil), cache}
+			cache := apikey.NewCache(testservers.Redis(t), newSecret(), patient)
+			return replica{apikey.New(cache.Keys(apikey.KeyStoreFunc(w.Key)), cache.Plans(apikey.PlanStoreFunc(w.Plan)), nil), cache}
 		}(),
 	} {
 		var wg sync.WaitGroup

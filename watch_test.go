@@ -210,6 +210,7 @@ type fleet struct {
 	rdb      *redis.Client
 	secret   []byte
 	replicas []replica
+	pools    []*pgxpool.Pool // theirs
 }
 
 // newFleet starts n replicas and waits until their feeds are live.
@@ -226,6 +227,7 @@ func newFleet(t testing.TB, n int, opts *apikey.CacheOptions, configure ...func(
 			t.Fatal(err)
 		}
 		t.Cleanup(pool.Close)
+		f.pools = append(f.pools, pool)
 		f.replicas = append(f.replicas, watchedReplica(t, pool, f.rdb, f.secret, opts))
 	}
 	return f

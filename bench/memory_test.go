@@ -20,7 +20,7 @@ import (
 
 type hash = [32]byte
 
-type record struct{ filler [128]byte }
+type record [128]byte
 
 // A memory holds records by the hash of a key.
 type memory interface {

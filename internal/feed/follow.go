@@ -22,6 +22,7 @@ const (
 // connection of its own, which is made as those of pool are, but without the pool's
 // hooks. After any fault it starts a new session.
 func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
+	defer log.asked.Store(0)
 	backoff := minBackoff
 	for {
 		err := guarded(ctx, pool, log)

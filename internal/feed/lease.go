@@ -164,6 +164,20 @@ func (l *Log) Live(now clock.Instant) bool {
 	return v.session != nil && !v.mismatch && v.session.known.Age(now) < l.lease
 }
 
+// Covers reports whether every change that a record, read in snap, has not seen was or
+// will be announced in the present session.
+func (l *Log) Covers(snap snapshot.Snapshot) bool {
+	v := l.vouching.Load()
+	return v.session != nil && !v.mismatch && snap.Includes(v.session.first)
+}
+
+// Silent reports whether the server has not answered the session for d, or cannot be
+// connected to. Without a session that was tried for, nothing is known.
+func (l *Log) Silent(d time.Duration) bool {
+	asked := l.asked.Load()
+	return asked != 0 && time.Since(began)-time.Duration(asked) >= d
+}
+
 // Vouched reports whether every change that a record with a topic in cell, read in
 // snap, has not seen was announced up to less than a lease before now, or a half of
 // one if strict.

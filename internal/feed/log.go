@@ -20,6 +20,7 @@ type Log struct {
 	life     time.Duration
 	epochs   [cells]atomic.Uint32
 	vouching atomic.Pointer[vouching]
+	asked    atomic.Int64 // when the session asked what is not answered yet, since began; 0: all is answered
 	lastRead atomic.Int64 // when a store last read from the session's server, since began
 
 	mu         sync.RWMutex

@@ -23,9 +23,10 @@ import (
 )
 
 const (
-	readsPerLease = 8
-	quietPerLease = 4 // after this part of a lease without an announcement a beat is sent
-	closeTimeout  = time.Second
+	readsPerLease  = 8
+	quietPerLease  = 4 // after this part of a lease without an announcement a beat is sent
+	closeTimeout   = time.Second
+	connectTimeout = 10 * time.Second // to connect and begin, some six round trips
 
 	// farAhead is how many transactions a server does not begin between two reads: an
 	// announcement of one that is farther ahead is looked into at once.
@@ -64,21 +65,24 @@ type wire struct {
 	proof    proof
 	asked    []clock.Instant // for snapshots, oldest first
 	heard    time.Time       // when the last announcement was
+	known    clock.Instant   // up to when all changes are known
 	answered time.Time       // when the server last said something
 }
 
 // connect makes a connection, and begins a session in log.
 func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
-	ctx, cancel := context.WithTimeout(ctx, max(log.lease, time.Second))
+	ctx, cancel := context.WithTimeout(ctx, max(log.lease, connectTimeout))
 	defer cancel()
 	config, err := connConfig(ctx, pool)
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
+	log.asked.CompareAndSwap(0, int64(time.Since(began)))
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
+	log.asked.Store(0)
 	w, err := begin(ctx, conn, log)
 	if err != nil {
 		_ = conn.Close(ctx)
@@ -195,7 +199,7 @@ func (w *wire) send(ctx context.Context) (err error) {
 		case <-time.After(wait):
 		}
 		w.mu.Lock()
-		silent, quiet := time.Since(w.answered), time.Since(w.heard)
+		silent, quiet, age := time.Since(w.answered), time.Since(w.heard), w.known.Age(clock.At(time.Now()))
 		w.mu.Unlock()
 		switch {
 		case silent >= lease:
@@ -206,7 +210,7 @@ func (w *wire) send(ctx context.Context) (err error) {
 			return errors.New("listening: more is announced than can be verified")
 		}
 		sql := readSQL
-		if quiet >= lease/quietPerLease {
+		if quiet >= lease/quietPerLease || age >= 3*lease/8 { // with a slow network the latter comes first
 			sql = beatSQL
 		}
 		if err := w.query(sql); err != nil {
@@ -221,6 +225,7 @@ func (w *wire) query(sql string) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.asked = append(w.asked, clock.At(time.Now()))
+	w.log.asked.CompareAndSwap(0, int64(time.Since(began)))
 	w.conn.Frontend.Send(&pgproto3.Query{String: sql})
 	if err := w.conn.Conn.SetWriteDeadline(time.Now().Add(w.log.lease)); err != nil {
 		return err
@@ -248,6 +253,7 @@ func (w *wire) receive() error {
 	w.mu.Lock()
 	w.answered = time.Now()
 	w.mu.Unlock()
+	w.log.asked.Store(0)
 	switch m := message.(type) {
 	case *pgproto3.NotificationResponse:
 		if m.Channel == Channel {
@@ -297,6 +303,9 @@ func (w *wire) notified(payload string) error {
 	w.mu.Lock()
 	w.heard = now
 	known, ok := w.proof.heard(a.xid)
+	if ok {
+		w.known = known
+	}
 	w.mu.Unlock()
 	if ok {
 		w.log.Renew(known)

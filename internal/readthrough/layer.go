@@ -177,7 +177,7 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec
 	latest := later(known, inRedis)
 	read, err := store.batches.Do(subject, latest != nil && latest.Found)
 	if err != nil {
-		if !l.unreadable(err) || latest == nil || !l.usableIfError(subject, latest, clock.At(time.Now())) {
+		if !l.unreadable(err, store) || latest == nil || !l.usableIfError(subject, latest, clock.At(time.Now())) {
 			return nil, "", err
 		}
 		l.shared.Stats.StaleUses.Add(1)
@@ -194,16 +194,21 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec
 
 // unreadable counts the error of a lookup, and reports whether the store cannot be
 // read: that is the word of the server or of the network, or their silence. Too many
-// lookups of our own are not an outage: who can cause load would keep a revoked key
-// alive.
-func (l *Layer[S, V]) unreadable(err error) bool {
-	stats := &l.shared.Stats
+// lookups of our own, or no connection free, are not an outage: who can cause load
+// would keep a revoked key alive. But they may come of one.
+func (l *Layer[S, V]) unreadable(err error, store *Store[S, V]) bool {
+	stats, budget := &l.shared.Stats, l.shared.Batches.Budget
+	outage := func() bool {
+		return store.failing(clock.At(time.Now()), 2*budget+breakFor) || l.shared.Log.Silent(budget)
+	}
 	switch {
-	case errors.Is(err, batch.ErrFull), errors.Is(err, batch.ErrWaited): // counted there
+	case errors.Is(err, batch.ErrWaited): // counted there
 		return false
+	case errors.Is(err, batch.ErrFull):
+		return outage()
 	case errors.Is(err, ErrBusy):
 		stats.Busy.Add(1)
-		return false
+		return outage()
 	case errors.Is(err, gobreaker.ErrOpenState), errors.Is(err, gobreaker.ErrTooManyRequests):
 		stats.Skipped.Add(1)
 	default:
@@ -220,7 +225,7 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	}
 	log := l.shared.Log
 	now := clock.At(time.Now())
-	if a, b := l.kind.Topics(subject, &old.Value); log.Live(now) && log.Vouched(old.Snapshot, old.cell, now, false) && !log.Refuted(old.Snapshot, a, b) {
+	if a, b := l.kind.Topics(subject, &old.Value); log.Covers(old.Snapshot) && !log.Refuted(old.Snapshot, a, b) {
 		log.Suspect(now, old.Snapshot, a, b)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/sony/gobreaker/v2"
@@ -36,6 +37,14 @@ var ErrBusy = errors.New("all connections are in use")
 type Store[S comparable, V any] struct {
 	batches *batch.Batcher[S, *Record[V]]
 	adopt   func(*Record[V])
+	failed  *atomic.Int64 // when it last failed, by clock.Instant.UnixNano; 0 since it last answered
+}
+
+// failing reports whether the store has failed within the last d, and not answered
+// since.
+func (s *Store[S, V]) failing(now clock.Instant, d time.Duration) bool {
+	failed := s.failed.Load()
+	return failed != 0 && now.UnixNano()-failed < int64(d)
 }
 
 // A Reader reads facts, each of type F. One and Many must stamp what they read: see
@@ -65,9 +74,9 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		many = abandonable(stats, many)
 	}
 	breaker := gobreaker.NewCircuitBreaker[[]*Record[V]](gobreaker.Settings{
-		Timeout:      breakFor,
-		ReadyToTrip:  func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
-		IsSuccessful: func(err error) bool { return err == nil || errors.Is(err, ErrBusy) },
+		Timeout:     breakFor,
+		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+		IsExcluded:  func(err error) bool { return errors.Is(err, ErrBusy) },
 	})
 	read := func(ctx context.Context, subjects []S) ([]*Record[V], error) {
 		stats.Batches.Add(1)
@@ -93,10 +102,18 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		}
 		return records, nil
 	}
+	failed := new(atomic.Int64)
 	return &Store[S, V]{
-		adopt: r.Adopt,
+		adopt:  r.Adopt,
+		failed: failed,
 		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]*Record[V], error) {
 			records, err := breaker.Execute(func() ([]*Record[V], error) { return read(ctx, subjects) })
+			switch {
+			case err == nil:
+				failed.Store(0)
+			case !errors.Is(err, ErrBusy):
+				failed.Store(time.Now().UnixNano())
+			}
 			if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
 				err = fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breakFor, err)
 			}

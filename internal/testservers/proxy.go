@@ -39,9 +39,9 @@ type Proxy struct {
 	Addr  string       // where it listens
 	delay atomic.Int64 // of every answer, in nanoseconds
 
-	network, server string
-
 	mu       sync.Mutex
+	network  string
+	server   string
 	listener net.Listener // nil while down
 	fault    Fault
 	changed  chan struct{} // closed when the fault changes
@@ -69,6 +69,22 @@ func NewProxy(tb testing.TB, network, server string) *Proxy {
 // arrives so much later, however many are on their way. It holds for connections that
 // are made from now on.
 func (p *Proxy) Delay(d time.Duration) { p.delay.Store(int64(d)) }
+
+// Redirect makes the proxy stand in front of another PostgreSQL server, and closes the
+// connections to the one before.
+func (p *Proxy) Redirect(tb testing.TB, url string) {
+	tb.Helper()
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.network, p.server = pgconn.NetworkAddress(config.Host, config.Port)
+	for conn := range p.conns {
+		_ = conn.Close()
+	}
+}
 
 // Set replaces the fault. What was frozen goes on after that.
 func (p *Proxy) Set(tb testing.TB, fault Fault) {
@@ -126,7 +142,10 @@ func (p *Proxy) pass(client net.Conn) {
 		return
 	}
 	defer p.remove(client)
-	server, err := net.Dial(p.network, p.server)
+	p.mu.Lock()
+	network, address := p.network, p.server
+	p.mu.Unlock()
+	server, err := net.Dial(network, address)
 	if err != nil || !p.add(server) {
 		return
 	}

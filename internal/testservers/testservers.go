@@ -72,13 +72,13 @@ func goroutines() int {
 // is dropped when the test ends.
 func PostgresURL(tb testing.TB) string {
 	tb.Helper()
-	return migrated(tb, EmptyPostgresURL(tb))
+	return Migrated(tb, EmptyPostgresURL(tb))
 }
 
 // PostgresURLOn is PostgresURL on a server of the test's own.
 func PostgresURLOn(tb testing.TB, server *Server) string {
 	tb.Helper()
-	return migrated(tb, newDatabase(tb, server.URL))
+	return Migrated(tb, newDatabase(tb, server.URL))
 }
 
 // EmptyPostgresURL is PostgresURL without migrations.
@@ -91,7 +91,8 @@ func EmptyPostgresURL(tb testing.TB) string {
 	return newDatabase(tb, server)
 }
 
-func migrated(tb testing.TB, url string) string {
+// Migrated applies all migrations to the database at url, and returns url.
+func Migrated(tb testing.TB, url string) string {
 	tb.Helper()
 	conn, err := pgx.Connect(tb.Context(), url)
 	if err != nil {
@@ -233,15 +234,41 @@ var postgres = sync.OnceValues(func() (string, error) {
 	return url, startShared(dir, ready, command...)
 })
 
-// StartPostgres starts a server of the test's own. It crashes by an immediate
-// shutdown, since a postmaster that is killed leaves its children to themselves.
-func StartPostgres(tb testing.TB) *Server {
+// StartPostgres starts a server of the test's own, with further arguments. It crashes
+// by an immediate shutdown, since a postmaster that is killed leaves its children to
+// themselves.
+func StartPostgres(tb testing.TB, args ...string) *Server {
 	tb.Helper()
 	url, dir, ready, command, err := newCluster()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return startOwn(tb, url, dir, "QUIT", ready, command...)
+	return startOwn(tb, url, dir, "QUIT", ready, append(command, args...)...)
+}
+
+// StartStandby starts a standby of the server at url, which streams through there.
+func StartStandby(tb testing.TB, url string) *Server {
+	tb.Helper()
+	_, dir, _, _, err := newCluster()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	data := filepath.Join(dir, "data")
+	basebackup, err := find("pg_basebackup")
+	if err == nil {
+		err = os.RemoveAll(data)
+	}
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if out, err := as(dir, basebackup, "-d", url, "-D", data, "-R", "-X", "stream", "-c", "fast").CombinedOutput(); err != nil {
+		tb.Fatalf("pg_basebackup: %v\n%s", err, out)
+	}
+	address, ready, command, err := clusterIn(dir)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return startOwn(tb, address, dir, "QUIT", ready, command...)
 }
 
 // newCluster makes a new data directory, and returns what is needed to run it.
@@ -258,8 +285,18 @@ func newCluster() (address, dir string, ready func(context.Context) error, comma
 	if err != nil {
 		return "", "", nil, nil, fmt.Errorf("testservers: initdb: %w\n%s", err, out)
 	}
-	if initdb, err = filepath.EvalSymlinks(initdb); err != nil { // the server stands beside it
-		return "", "", nil, nil, err
+	address, ready, command, err = clusterIn(dir)
+	return address, dir, ready, command, err
+}
+
+// clusterIn returns what is needed to run the server of the data directory in dir.
+func clusterIn(dir string) (address string, ready func(context.Context) error, command []string, err error) {
+	initdb, err := find("initdb")
+	if err == nil {
+		initdb, err = filepath.EvalSymlinks(initdb) // the server stands beside it
+	}
+	if err != nil {
+		return "", nil, nil, err
 	}
 	address = "postgres://postgres@/postgres?host=" + url.QueryEscape(dir)
 	ready = func(ctx context.Context) error {
@@ -269,8 +306,8 @@ func newCluster() (address, dir string, ready func(context.Context) error, comma
 		}
 		return conn.Close(ctx)
 	}
-	return address, dir, ready, []string{
-		filepath.Join(filepath.Dir(initdb), "postgres"), "-D", data, "-k", dir, "-c", "listen_addresses=",
+	return address, ready, []string{
+		filepath.Join(filepath.Dir(initdb), "postgres"), "-D", filepath.Join(dir, "data"), "-k", dir, "-c", "listen_addresses=",
 		"-c", "fsync=off", "-c", "max_connections=200",
 	}, nil
 }
