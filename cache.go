@@ -299,10 +299,10 @@ func (c *Cache) Stats() CacheStats {
 // while it cannot, MaxStaleness is the bound. Faults do not end it: it tries
 // again, and [Cache.Stats] tells.
 //
-// The pool must be the one that the stores read from, on the primary. One of its
-// connections is taken out for LISTEN, and four times in MaxStaleness a NOTIFY
-// goes through it. A pooler in transaction mode does not deliver announcements;
-// the bound is MaxStaleness then. It is an error to watch twice at a time.
+// The pool must lead to the server that the stores read from, the primary, and not
+// through a pooler such as PgBouncer. One connection more is made as those of the pool
+// are, without its hooks but for BeforeConnect, and listens; now and then the pool is
+// asked which server it leads to. It is an error to watch twice at a time.
 func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 	if pool == nil {
 		return errors.New("apikey: Cache.Watch: pool is nil: pass the pool that the stores read from")
