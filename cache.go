@@ -63,7 +63,7 @@ type CacheOptions struct {
 	StaleIfError time.Duration
 
 	// MemoryEntries is the number of keys that are held in the process, each with its
-	// plan. A key takes about 400 bytes, from its first use on; when there are too
+	// plan. A key takes about 430 bytes, from its first use on; when there are too
 	// many, one goes that was not used lately. Negative turns the layer off. Defaults
 	// to 131,072.
 	MemoryEntries int
