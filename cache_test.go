@@ -35,8 +35,6 @@ type fakeRedis struct {
 	values map[string]fakeValue
 	gets   int
 	sets   int
-
-	pipelines int
 	fault     func(ctx context.Context) error // for every command, if not nil
 }
 
@@ -58,9 +56,6 @@ func (f *fakeRedis) DialHook(redis.DialHook) redis.DialHook {
 
 func (f *fakeRedis) ProcessPipelineHook(redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return func(ctx context.Context, cmds []redis.Cmder) error {
-		f.mu.Lock()
-		f.pipelines++
-		f.mu.Unlock()
 		var first error
 		for _, cmd := range cmds {
 			if err := f.process(ctx, cmd); err != nil && first == nil {
