@@ -35,7 +35,7 @@ type fakeRedis struct {
 	values map[string]fakeValue
 	gets   int
 	sets   int
-	fault     func(ctx context.Context) error // for every command, if not nil
+	fault  func(ctx context.Context) error // for every command, if not nil
 }
 
 type fakeValue struct {
