@@ -8,7 +8,8 @@ FUZZTIME = 50000x
 SOAK     = 2m
 FLOOD    = 1000000
 COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m \
-	-load.keys=100000 -storm.keys=10000 -storm.rate=4000 -storm.for=5s
+	-load.keys=100000 -storm.keys=10000 -storm.rate=4000 -storm.for=5s \
+	-fleet.sizes=50,100,200,400 -fleet.for=10s
 
 .PHONY: test servers lint fuzz soak flood bench demo
 
@@ -34,10 +35,10 @@ soak: servers
 flood: servers
 	go test -count=1 -run='^TestFlood$$' -flood.keys=$(FLOOD) -timeout=0 -v .
 
-# Benchmarks of the package, then of its peers beside it: with -write, into the README.
+# Benchmarks of the package, then of its peers beside it: with -write, into bench/README.md.
 bench: servers
 	go test -run='^$$' -bench=. -benchmem .
-	cd bench && go test -count=1 -run='^(TestCompare|TestHitRatio|TestLoad|TestStorm)$$' $(COMPARE) -timeout=0 -v .
+	cd bench && go test -count=1 -run='^(TestCompare|TestHitRatio|TestLoad|TestStorm|TestFleet)$$' $(COMPARE) -timeout=0 -v .
 
 demo:
 	go run ./cmd/apikey demo

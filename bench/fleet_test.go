@@ -149,7 +149,7 @@ func TestFleet(t *testing.T) {
 		fmt.Fprintf(&table, "| replicas | PostgreSQL at rest | commit to effect on all, p50 / p99 | all live again after all sessions are ended | live in a storm of changes |\n|---|---|---|---|---|\n")
 		for _, r := range results {
 			fmt.Fprintf(&table, "| %d | %.3f cores | %s / %s | %s | %.0f %%, %.0f a second |\n", r.size, r.atRest, short(r.p50), short(r.p99), short(r.backAfter), 100*r.liveInStorm, r.changes)
-			bars = append(bars, bar{fmt.Sprint(r.size, " replicas"), time.Duration(r.atRest * float64(time.Second)), fmt.Sprintf("%.3f cores", r.atRest)})
+			bars = append(bars, bar{fmt.Sprint(r.size, " replicas"), time.Duration(r.atRest * float64(time.Second)), fmt.Sprintf("%.3f cores", r.atRest), true})
 		}
 		fmt.Fprintf(&table, "\nAll replicas in one process, default options; %s.\n", machine())
 		publishTable(t, "fleet", table.String())

@@ -57,13 +57,13 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 	v := *l.vouching.Load()
 	if l.history != history {
 		// Transactions of the old history refute nothing, and its records are foreign.
-		l.history, v.servers, v.ended = history, nil, nil
+		l.history, v.servers, v.ended, l.unverified = history, nil, nil, nil
 		for kind := range l.marks {
 			l.marks[kind] = newMarks()
 		}
 		l.newEpochs()
 	}
-	l.latest, l.unverified = first, nil
+	l.reached(first, asked)
 	if !slices.Contains(v.servers, first.Server()) {
 		v.servers = append(v.servers[:len(v.servers):len(v.servers)], first.Server())
 	}
@@ -102,7 +102,7 @@ func (l *Log) Renew(known clock.Instant) {
 func (l *Log) End(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.suspects, l.unverified = nil, nil
+	l.suspects = nil
 	l.fault.Store(&err)
 	v := *l.vouching.Load()
 	if v.session != nil {

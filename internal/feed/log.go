@@ -112,6 +112,10 @@ func (l *Log) verify(a announced) {
 func (l *Log) Reached(snap snapshot.Snapshot, asked clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.reached(snap, asked)
+}
+
+func (l *Log) reached(snap snapshot.Snapshot, asked clock.Instant) {
 	l.latest = snap
 	for kind := range l.marks {
 		l.marks[kind].all.fold(snap)

@@ -228,6 +228,22 @@ func TestForged(t *testing.T) {
 	}
 }
 
+// TestForgedBeforeTheEnd: it does not help to end the session, or to make it end.
+func TestForgedBeforeTheEnd(t *testing.T) {
+	l := newLog()
+	l.Begin("history", seen(t, 100), at(0))
+	l.Announce(KeyTopic(1), 1<<63, at(time.Second))
+	l.Announce(KeyTopic(2), 101, at(time.Second)) // real
+	l.End(errors.New("broken"))
+	l.Begin("history", seen(t, 102), at(2*time.Second))
+	if n := l.Forged(); n != 1 || l.Refuted(seen(t, 102), KeyTopic(1)) {
+		t.Errorf("%d are found to be false, and what is false refutes", n)
+	}
+	if !l.Refuted(seen(t, 101), KeyTopic(2)) {
+		t.Error("what is real is forgotten")
+	}
+}
+
 func TestLease(t *testing.T) {
 	l := newLog()
 	if l.Live(at(0)) || l.Vouched(seen(t, 100), 0, at(0), false) {
