@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"reflect"
+	"regexp"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -34,7 +35,7 @@ const (
 	minSecretLen = 32
 	minStaleness = 100 * time.Millisecond
 	absentKeys   = 1024 // held, so that a flood of made-up keys takes no memory
-	redisKeyRoot = "apikey:2:"
+	redisKeyRoot = "apikey:3:"
 
 	// A refusal needs better facts than an admission: a customer who has just paid
 	// tries again at once.
@@ -61,6 +62,20 @@ type CacheOptions struct {
 	// the time to live of records in Redis. At least MaxStaleness. Defaults to 15 min,
 	// or RefreshAfter if that is more.
 	StaleIfError time.Duration
+
+	// Namespace is part of the names of the records in Redis, which begin with
+	// apikey:3: and the namespace. Caches share records if their namespaces and their
+	// secrets are the same. Records of [PostgresKeyStore] and [PostgresPlanStore] also tell
+	// which database, and which tables there, they are of; of other stores two that hold
+	// different keys or plans must not share. Up to 64 of the characters A-Z a-z 0-9 - _ .
+	// Defaults to none.
+	Namespace string
+
+	// AcceptedSecrets are more secrets that records in Redis may be sealed under, so that
+	// the secret can be changed without emptying the cache: let all replicas accept the
+	// new one, then use it and accept the old one, and drop that after StaleIfError. At
+	// least 32 bytes each. Defaults to none.
+	AcceptedSecrets [][]byte
 
 	// MemoryEntries is the number of keys that are held in the process, each with its
 	// plan. A key takes about 430 bytes, from its first use on; when there are too
@@ -109,6 +124,8 @@ func (o *CacheOptions) withDefaults() CacheOptions {
 	return r
 }
 
+var namespaceForm = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
+
 // check returns what is wrong with o, "" if nothing is.
 func (o CacheOptions) check() string {
 	switch {
@@ -118,6 +135,10 @@ func (o CacheOptions) check() string {
 		return fmt.Sprintf("RefreshAfter is %v: use at least MaxStaleness, %v", o.RefreshAfter, o.MaxStaleness)
 	case o.StaleIfError < o.MaxStaleness:
 		return fmt.Sprintf("StaleIfError is %v: use at least MaxStaleness, %v", o.StaleIfError, o.MaxStaleness)
+	case !namespaceForm.MatchString(o.Namespace):
+		return fmt.Sprintf("Namespace is %q: use up to 64 of the characters A-Z a-z 0-9 - _ .", o.Namespace)
+	case slices.ContainsFunc(o.AcceptedSecrets, func(s []byte) bool { return len(s) < minSecretLen }):
+		return fmt.Sprintf("AcceptedSecrets has one of less than %d bytes: use those that NewCache is given elsewhere", minSecretLen)
 	case o.RedisTimeout < time.Millisecond:
 		return fmt.Sprintf("RedisTimeout is %v: use at least 1ms", o.RedisTimeout)
 	case o.StoreTimeout < time.Millisecond:
@@ -189,8 +210,8 @@ type keyFacts struct {
 }
 
 // NewCache returns a Cache on rdb, which stays the caller's to close. All replicas
-// share one secret of at least 32 random bytes; a new one empties the cache. The
-// client must have ContextTimeoutEnabled set. opts may be nil. It panics where
+// share one secret of at least 32 random bytes; a new one empties the cache, unless it
+// is changed as AcceptedSecrets has it. The client must have ContextTimeoutEnabled set. opts may be nil. It panics where
 // one of these is not so.
 //
 // The age of a record that another replica read is told by the clocks of both
@@ -215,16 +236,20 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	}
 	c := &Cache{rdb: rdb}
 	c.shared.Log = feed.NewLog(o.MaxStaleness, o.StaleIfError)
-	c.shared.Redis = shared.New(rdb, secret, limits(o.RedisTimeout), o.StaleIfError)
+	c.shared.Redis = shared.New(rdb, sealed.NewSealer(secret, o.AcceptedSecrets...), limits(o.RedisTimeout), o.StaleIfError)
 	c.shared.Batches = limits(o.StoreTimeout)
 	c.shared.Limits = readthrough.Limits{
 		MaxRefusalStaleness: min(o.MaxStaleness, refusalStaleness), MaxStaleness: o.MaxStaleness,
 		RefreshAfter: o.RefreshAfter, StaleIfError: o.StaleIfError,
 	}
 
+	root := redisKeyRoot
+	if o.Namespace != "" {
+		root += o.Namespace + ":"
+	}
 	seed := maphash.MakeSeed()
 	c.plans = readthrough.NewLayer(&c.shared, readthrough.Kind[string, Plan]{
-		Name: func(orgID string) string { return redisKeyRoot + "plan:" + orgID },
+		Name: func(orgID string) string { return root + "plan:" + orgID },
 		Hash: func(orgID string) uint64 { return maphash.String(seed, orgID) },
 		Topics: func(orgID string, p *Plan) (feed.Topic, feed.Topic) {
 			return feed.PlanTopic(orgID), feed.TierTopic(p.Name)
@@ -236,7 +261,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	}, o.MemoryEntries, o.MemoryEntries)
 	keyID := func(h KeyHash) uint64 { return binary.BigEndian.Uint64(h[:]) }
 	c.keys = readthrough.NewLayer(&c.shared, readthrough.Kind[KeyHash, keyFacts]{
-		Name: func(h KeyHash) string { return redisKeyRoot + "key:" + hex.EncodeToString(h[:]) },
+		Name: func(h KeyHash) string { return root + "key:" + hex.EncodeToString(h[:]) },
 		Hash: keyID,
 		Topics: func(h KeyHash, _ *keyFacts) (feed.Topic, feed.Topic) {
 			t := feed.KeyTopic(keyID(h))

@@ -165,6 +165,17 @@ func (r replica) wantCode(t *testing.T, apiKey, want string) {
 	}
 }
 
+// meetStore has the replica look up a key of its own, so that it knows the tables that
+// the records in Redis must be of.
+func (r replica) meetStore(t testing.TB, w world) apikey.CacheStats {
+	t.Helper()
+	apiKey, _ := w.enrol(t, live, paid)
+	if code := r.ask(apiKey); code != admitted {
+		t.Errorf("a new key is answered %q", code)
+	}
+	return r.cache.Stats()
+}
+
 // fillRedis asks for a key until Redis holds the records of it. A single SET may
 // fail, when the machine is busy for longer than its budget.
 func fillRedis(t testing.TB, w world, rdb *redis.Client, secret []byte, apiKey, orgID string) (keyName, planName string) {
@@ -193,10 +204,12 @@ func TestCacheLayers(t *testing.T) {
 	key, plan := fillRedis(t, w, rdb, secret, apiKey, org.ID)
 	waitFor(t, func() bool { // a GET may fail, when the machine is busy for longer than its budget
 		second := newReplica(w, rdb, secret, nil)
+		before := second.meetStore(t, w)
 		for range 3 {
 			second.wantCode(t, apiKey, admitted)
 		}
-		return second.cache.Stats() == apikey.CacheStats{RedisHits: 2, RedisGets: 2, RedisBatches: 2}
+		before.RedisHits, before.RedisGets, before.RedisBatches = before.RedisHits+2, before.RedisGets+2, before.RedisBatches+2
+		return second.cache.Stats() == before
 	})
 	for _, name := range []string{key, plan} {
 		if ttl := rdb.PTTL(t.Context(), name).Val(); ttl <= 14*time.Minute || ttl > 15*time.Minute {
@@ -422,6 +435,34 @@ func TestSecondLook(t *testing.T) {
 	})
 	if err != nil || key.ID != org.KeyID {
 		t.Errorf("fetched %+v, %v", key, err)
+	}
+}
+
+// TestSecretRotation: replicas with the new secret and with the old one use each
+// other's records, if they accept them.
+func TestSecretRotation(t *testing.T) {
+	w, rdb, old, secret := newPostgresWorld(t), testservers.Redis(t), newSecret(), newSecret()
+	for name, c := range map[string]struct {
+		writes, reads []byte
+		accepts       [][]byte
+		hits          uint64
+	}{
+		"before":                     {old, old, [][]byte{secret}, 2},
+		"the new one comes":          {secret, old, [][]byte{secret}, 2},
+		"the old one goes":           {old, secret, [][]byte{old}, 2},
+		"one that nobody has agreed": {old, secret, nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			apiKey, org := w.enrol(t, live, paid)
+			fillRedis(t, w, rdb, c.writes, apiKey, org.ID)
+			waitFor(t, func() bool { // a GET may fail, when the machine is busy for longer than its budget
+				r := newReplica(w, rdb, c.reads, &apikey.CacheOptions{AcceptedSecrets: c.accepts})
+				before := r.meetStore(t, w)
+				r.wantCode(t, apiKey, admitted)
+				got := r.cache.Stats()
+				return got.RedisHits-before.RedisHits == c.hits && got.RedisRejected-before.RedisRejected == 2-c.hits
+			})
+		})
 	}
 }
 

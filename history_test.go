@@ -180,19 +180,78 @@ func TestStandbyReads(t *testing.T) {
 // TestReadsElsewhere: a proxy sends what the stores read to another primary than the
 // one that announces: nothing is vouched for, and the fault is told.
 func TestReadsElsewhere(t *testing.T) {
-	here, there := newPostgresWorld(t), newPostgresWorldOn(t, testservers.Pool(t, testservers.Migrated(t, testservers.StartPostgres(t).URL)))
-	apiKey, org := there.enrol(t, live, paid)
-	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
-	watch(t, cache, here.pool)
-	waitFor(t, func() bool { return cache.Stats().FeedLive })
-	r := replica{apikey.New(cache.Keys(there.PostgresKeyStore), cache.Plans(there.PostgresPlanStore), nil), cache}
-	r.wantCode(t, apiKey, admitted)
-	waitFor(t, func() bool { err := cache.Stats().FeedErr; return err != nil })
-	if cache.Stats().FeedErr.Error() != "the stores read from another server than the one that announces: is a proxy or a switch-over in between?" {
-		t.Errorf("FeedErr is %v", cache.Stats().FeedErr)
+	for name, elsewhere := range map[string]func() string{
+		"another server":                 func() string { return testservers.Migrated(t, testservers.StartPostgres(t).URL) },
+		"another database of the server": func() string { return testservers.PostgresURL(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			here, there := newPostgresWorld(t), newPostgresWorldOn(t, testservers.Pool(t, elsewhere()))
+			apiKey, org := there.enrol(t, live, paid)
+			cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+			watch(t, cache, here.pool)
+			waitFor(t, func() bool { return cache.Stats().FeedLive })
+			r := replica{apikey.New(cache.Keys(there.PostgresKeyStore), cache.Plans(there.PostgresPlanStore), nil), cache}
+			r.wantCode(t, apiKey, admitted)
+			waitFor(t, func() bool { err := cache.Stats().FeedErr; return err != nil })
+			if cache.Stats().FeedErr.Error() != "the stores read from another server or database than the one that announces: is a proxy or a switch-over in between?" {
+				t.Errorf("FeedErr is %v", cache.Stats().FeedErr)
+			}
+			mustExec(t, there.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+			within(t, r, apiKey, invalid)
+		})
 	}
-	mustExec(t, there.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
-	within(t, r, apiKey, invalid)
+}
+
+// TestOneRedis: two databases, or two sets of tables in one, behind one Redis and with
+// one secret. An organisation has paid in the first only.
+func TestOneRedis(t *testing.T) {
+	schema := func(t *testing.T, paid string) string {
+		mustExec(t, testservers.Pool(t, paid), `CREATE SCHEMA other`)
+		return testservers.Migrated(t, paid+"&search_path=other")
+	}
+	for name, other := range map[string]func(t *testing.T, paid string) string{
+		"two databases of one server": func(t *testing.T, _ string) string { return testservers.PostgresURL(t) },
+		"two servers":                 func(t *testing.T, _ string) string { return testservers.Migrated(t, testservers.StartPostgres(t).URL) },
+		"two schemas":                 schema,
+	} {
+		t.Run(name, func(t *testing.T) {
+			url := testservers.PostgresURL(t)
+			first, rdb, secret := newPostgresWorldOn(t, testservers.Pool(t, url)), testservers.Redis(t), newSecret()
+			second := newPostgresWorldOn(t, testservers.Pool(t, other(t, url)))
+			apiKey, org := first.enrol(t, live, paid)
+			copyKey(t, second, apiKey, org, true)
+			mustExec(t, second.pool, `UPDATE org_plans SET status = 'past_due'`)
+			for _, replicas := range []func(w *postgresWorld) replica{
+				func(w *postgresWorld) replica { return newPostgresReplica(w, rdb, secret, nil) }, // the plan comes with the key
+				func(w *postgresWorld) replica { return newReplica(w, rdb, secret, nil) },         // or by itself
+			} {
+				r := replicas(first)
+				r.wantCode(t, apiKey, admitted)
+				key, _ := r.cache.RedisNames(apikey.HashKey(apiKey), org.ID)
+				waitFor(t, func() bool { return rdb.Exists(t.Context(), key).Val() == 1 })
+				fresh, known := replicas(second), replicas(second)
+				fresh.wantCode(t, apiKey, planExpired)
+				known.meetStore(t, second)
+				known.wantCode(t, apiKey, planExpired)
+				rdb.FlushDB(t.Context())
+			}
+		})
+	}
+}
+
+// TestNamespace: stores of the user's own do not say where they read. With namespaces
+// they do not share records.
+func TestNamespace(t *testing.T) {
+	rdb, secret := testservers.Redis(t), newSecret()
+	first, second := newMemoryWorld(), newMemoryWorld()
+	apiKey, org := first.enrol(t, live, paid)
+	a := newReplica(first, rdb, secret, &apikey.CacheOptions{Namespace: "production"})
+	a.wantCode(t, apiKey, admitted)
+	name, _ := a.cache.RedisNames(apikey.HashKey(apiKey), org.ID)
+	waitFor(t, func() bool { return rdb.Exists(t.Context(), name).Val() == 1 })
+	newReplica(second, rdb, secret, &apikey.CacheOptions{Namespace: "staging"}).wantCode(t, apiKey, invalid)
+	b := newReplica(second, rdb, secret, &apikey.CacheOptions{Namespace: "production"})
+	waitFor(t, func() bool { return b.ask(apiKey) == admitted }) // from Redis
 }
 
 // TestOthersHooks: what a service does with notifications on its own connections, or

@@ -113,9 +113,9 @@ func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	return &PostgresKeyStore{db}
 }
 
-// stampSQL are the first columns of a lookup: the snapshot that it runs in, and the
-// server.
-const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL
+// stampSQL are the first columns of a lookup: the snapshot that it runs in, the server,
+// and which tables these are.
+const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL + `, ` + feed.OriginSQL
 
 // A lookupSQL is a statement that looks subjects up. It begins with stampSQL, and has a
 // row even if nothing is found, so that "absent" has a stamp too.
@@ -241,13 +241,16 @@ func lookUp[S any](ctx context.Context, db DB, sql lookupSQL, subjects []S, colu
 	}
 	var stamp string
 	var server snapshot.Server
-	_, err = pgx.ForEachRow(rows, append([]any{&stamp, &server}, columns...), func() error {
+	var origin snapshot.Origin
+	_, err = pgx.ForEachRow(rows, append([]any{&stamp, &server, &origin}, columns...), func() error {
 		each()
 		return nil
 	})
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
+	}
+	snapshot.ReportOrigin(ctx, origin)
+	switch {
 	case server == 0:
 		snapshot.ReportStandby(ctx)
 	default:

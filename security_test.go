@@ -51,7 +51,7 @@ func TestNoSecrets(t *testing.T) {
 	}
 	for _, want := range []string{
 		"SERVICE_UNAVAILABLE", "PLAN_EXPIRED", "INVALID_API_KEY", "nil map", "does not exist", "level=WARN msg=refused", "http: panic serving",
-		"apikey:2:key:", "panic: the last one", "OrgID:org_", "RedisErrors:4",
+		"apikey:3:key:", "panic: the last one", "OrgID:org_", "RedisErrors:4",
 	} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("%q is not in the output, so not everything was tried", want)

@@ -277,7 +277,7 @@ func TestExplainRedis(t *testing.T) {
 		t.Errorf("forged: %q, want %q", got, want)
 	}
 	text := s.must(t, "", "explain", "--id", made.ID)
-	if !strings.Contains(text, "apikey:2:key:") || strings.Contains(text, made.Key) {
+	if !strings.Contains(text, "apikey:3:key:") || strings.Contains(text, made.Key) {
 		t.Errorf("explained as\n%s", text)
 	}
 }

@@ -115,7 +115,7 @@ func (l *Log) End(err error) {
 }
 
 // ErrOtherServer is why a session ends whose server is not the one that stores read.
-var ErrOtherServer = errors.New("the stores read from another server than the one that announces: " +
+var ErrOtherServer = errors.New("the stores read from another server or database than the one that announces: " +
 	"is a proxy or a switch-over in between?")
 
 // Read notes that a store has read from a server. If the session listens to another

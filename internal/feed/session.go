@@ -46,9 +46,16 @@ const (
 	quietSQL = `SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'`
 )
 
-// ServerSQL is an expression for the [snapshot.Server] that runs it, as a bigint; 0 is a
+// ServerSQL is an expression for the [snapshot.Server] that runs it, as a bigint: the
+// microsecond in which it was started, hashed with the name of the database. 0 is a
 // standby, whose snapshots are worth nothing.
-const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint END`
+const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE pg_catalog.hashtextextended(pg_catalog.current_database()::text, ` + startedSQL + `) END`
+
+// OriginSQL is an expression for the [snapshot.Origin], as a bigint.
+const OriginSQL = `(SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws(' ', pg_catalog.current_database(), pg_catalog.to_regclass('api_keys')::oid,
+	pg_catalog.to_regclass('org_plans')::oid), ` + startedSQL + `))`
+
+const startedSQL = `(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint`
 
 // historySQL tells what database this is, and which timeline of it: it changes when a
 // standby is promoted, also if that had not received the last transactions.

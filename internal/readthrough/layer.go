@@ -184,12 +184,12 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec
 		l.remember(subject, latest)
 		return latest, Stale, nil
 	}
-	l.compare(subject, known, read)
-	l.remember(subject, read)
-	if read.Found {
+	l.compare(subject, known, read.rec)
+	l.remember(subject, read.rec)
+	if read.rec.Found {
 		l.shared.Redis.Set(name, l.encode(read))
 	}
-	return read, Database, nil
+	return read.rec, Database, nil
 }
 
 // unreadable counts the error of a lookup, and reports whether the store cannot be
@@ -230,21 +230,27 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	}
 }
 
-// get returns the record in Redis, nil if there is none that we sealed, and whether
-// it is usable.
+// get returns the record in Redis, nil if there is none that we sealed, or it is of
+// other tables than store reads, and whether it is usable. It is not as long as the
+// store has told nothing: two databases may be behind one Redis.
 func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Record[V], usable bool) {
 	body, err := l.shared.Redis.Get(name)
 	if err != nil && !errors.Is(err, shared.ErrRejected) {
 		return nil, false
 	}
 	now := clock.At(time.Now())
+	var owns, known bool
 	if body != nil {
-		rec = l.decode(subject, body, now)
+		var origin snapshot.Origin
+		rec, origin = l.decode(subject, body, now)
+		if owns, known = store.owns(origin); known && !owns {
+			rec = nil
+		}
 	}
 	if rec != nil && store.adopt != nil {
 		store.adopt(rec)
 	}
-	if rec == nil || !l.Usable(subject, rec, now) {
+	if rec == nil || !known || !l.Usable(subject, rec, now) {
 		l.shared.Stats.Misses.Add(1)
 		return rec, false
 	}
@@ -252,8 +258,10 @@ func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Reco
 	return rec, true
 }
 
-func (l *Layer[S, V]) encode(rec *Record[V]) []byte {
+func (l *Layer[S, V]) encode(r reading[V]) []byte {
+	rec := r.rec
 	body := sealed.AppendInt(nil, rec.ReadAt.UnixNano())
+	body = sealed.AppendInt(body, int64(r.origin))
 	body = sealed.AppendInt(body, int64(rec.Snapshot.Server()))
 	return l.kind.Append(sealed.AppendString(body, rec.Snapshot.String()), &rec.Value)
 }
@@ -261,21 +269,22 @@ func (l *Layer[S, V]) encode(rec *Record[V]) []byte {
 // decode is the inverse of encode; nil for what encode did not make, and for a record
 // from the future: it comes from a replica whose clock is ahead, and would live too
 // long.
-func (l *Layer[S, V]) decode(subject S, body []byte, now clock.Instant) *Record[V] {
+func (l *Layer[S, V]) decode(subject S, body []byte, now clock.Instant) (*Record[V], snapshot.Origin) {
 	d := sealed.NewDecoder(body)
 	readAt, past := clock.Elsewhere(d.Int(), now)
+	origin := snapshot.Origin(d.Int())
 	server := snapshot.Server(d.Int())
 	snap, err := snapshot.ParseOptional(d.String())
 	if err != nil || !past {
-		return nil
+		return nil, 0
 	}
 	rec := l.NewRecord(subject, Stamp{snap.On(server), readAt})
 	rec.Found = true
 	l.kind.Decode(d, rec)
 	if !d.Done() {
-		return nil
+		return nil, 0
 	}
-	return rec
+	return rec, origin
 }
 
 // Name returns the name of subject's record in Redis.
@@ -290,7 +299,7 @@ func (l *Layer[S, V]) Inspect(subject S) (name string, rec *Record[V], err error
 	if err != nil || body == nil {
 		return name, nil, err
 	}
-	if rec = l.decode(subject, body, clock.At(time.Now())); rec == nil {
+	if rec, _ = l.decode(subject, body, clock.At(time.Now())); rec == nil {
 		err = shared.ErrRejected
 	}
 	return name, rec, err

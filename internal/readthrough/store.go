@@ -35,9 +35,24 @@ var ErrBusy = errors.New("all connections are in use")
 // A Store is the way to where facts come from: in batches, at a limited rate, and
 // not at all for a while when it has failed.
 type Store[S comparable, V any] struct {
-	batches *batch.Batcher[S, *Record[V]]
+	batches *batch.Batcher[S, reading[V]]
 	adopt   func(*Record[V])
 	failed  *atomic.Int64 // when it last failed, by clock.Instant.UnixNano; 0 since it last answered
+	origin  *atomic.Int64 // what it last read, a snapshot.Origin
+	stamps  bool          // what it reads has an origin
+}
+
+// A reading is a record as it was read, and where.
+type reading[V any] struct {
+	rec    *Record[V]
+	origin snapshot.Origin
+}
+
+// owns reports whether records of an origin are of the tables that the store reads, as
+// far as is known. Only what a store has read tells.
+func (s *Store[S, V]) owns(origin snapshot.Origin) (owns, known bool) {
+	own := snapshot.Origin(s.origin.Load())
+	return own == origin, own != 0 || origin == 0 && !s.stamps
 }
 
 // failing reports whether the store has failed within the last d, and not answered
@@ -52,7 +67,7 @@ func (s *Store[S, V]) failing(now clock.Instant, d time.Duration) bool {
 type Reader[S comparable, V, F any] struct {
 	One     func(context.Context, S) (fact F, found bool, err error) // unused if there is Many
 	Many    func(context.Context, []S) (map[S]F, error)              // absent subjects are left out; nil: one at a time
-	Trusted bool                                                     // they return when their context ends
+	Trusted bool                                                     // it is ours: it returns when its context ends, and stamps
 	Fill    func(*Record[V], F)                                      // sets the value of a record that was found
 	Adopt   func(*Record[V])                                         // changes a record that is from Redis; nil: it stays
 }
@@ -73,12 +88,13 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	if !r.Trusted {
 		many = abandonable(stats, many)
 	}
-	breaker := gobreaker.NewCircuitBreaker[[]*Record[V]](gobreaker.Settings{
+	breaker := gobreaker.NewCircuitBreaker[[]reading[V]](gobreaker.Settings{
 		Timeout:     breakFor,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
 		IsExcluded:  func(err error) bool { return errors.Is(err, ErrBusy) },
 	})
-	read := func(ctx context.Context, subjects []S) ([]*Record[V], error) {
+	failed, origin := new(atomic.Int64), new(atomic.Int64)
+	read := func(ctx context.Context, subjects []S) ([]reading[V], error) {
 		stats.Batches.Add(1)
 		stats.Reads.Add(uint64(len(subjects)))
 		ctx, collector := snapshot.Collect(ctx)
@@ -92,22 +108,25 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		if collector.Standby() {
 			stats.Standby.Add(uint64(len(subjects)))
 		}
-		records := make([]*Record[V], len(subjects))
+		origin.Store(int64(collector.Origin()))
+		readings := make([]reading[V], len(subjects))
 		for i, subject := range subjects {
-			records[i] = l.NewRecord(subject, stamp)
+			rec := l.NewRecord(subject, stamp)
 			if fact, ok := facts[subject]; ok {
-				records[i].Found = true
-				r.Fill(records[i], fact)
+				rec.Found = true
+				r.Fill(rec, fact)
 			}
+			readings[i] = reading[V]{rec, collector.Origin()}
 		}
-		return records, nil
+		return readings, nil
 	}
-	failed := new(atomic.Int64)
 	return &Store[S, V]{
 		adopt:  r.Adopt,
 		failed: failed,
-		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]*Record[V], error) {
-			records, err := breaker.Execute(func() ([]*Record[V], error) { return read(ctx, subjects) })
+		origin: origin,
+		stamps: r.Trusted,
+		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]reading[V], error) {
+			readings, err := breaker.Execute(func() ([]reading[V], error) { return read(ctx, subjects) })
 			switch {
 			case err == nil:
 				failed.Store(0)
@@ -117,7 +136,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 			if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
 				err = fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breakFor, err)
 			}
-			return records, err
+			return readings, err
 		}),
 	}
 }

@@ -17,20 +17,25 @@ import (
 const version = "apikey sealed value 1"
 
 // A Sealer seals and opens values. It is safe for concurrent use.
-type Sealer struct{ key []byte }
+type Sealer struct{ keys [][]byte } // the first one seals
 
-// NewSealer returns a Sealer under a key derived from secret.
-func NewSealer(secret []byte) *Sealer {
-	key, err := hkdf.Key(sha256.New, secret, nil, version, sha256.Size)
-	if err != nil {
-		panic(err) // only for lengths beyond 255 hashes
+// NewSealer returns a Sealer under a key derived from secret, which also opens what was
+// sealed under the secrets of accepted.
+func NewSealer(secret []byte, accepted ...[]byte) *Sealer {
+	s := new(Sealer)
+	for _, secret := range append([][]byte{secret}, accepted...) {
+		key, err := hkdf.Key(sha256.New, secret, nil, version, sha256.Size)
+		if err != nil {
+			panic(err) // only for lengths beyond 255 hashes
+		}
+		s.keys = append(s.keys, key)
 	}
-	return &Sealer{key}
+	return s
 }
 
 // Seal returns body, sealed for name.
 func (s *Sealer) Seal(name string, body []byte) []byte {
-	return append(s.mac(name, body), body...)
+	return append(mac(s.keys[0], name, body), body...)
 }
 
 // Open returns the body of value, and whether Seal made value for this name.
@@ -38,12 +43,17 @@ func (s *Sealer) Open(name string, value []byte) ([]byte, bool) {
 	if len(value) < sha256.Size {
 		return nil, false
 	}
-	mac, body := value[:sha256.Size], value[sha256.Size:]
-	return body, hmac.Equal(mac, s.mac(name, body))
+	seal, body := value[:sha256.Size], value[sha256.Size:]
+	for _, key := range s.keys {
+		if hmac.Equal(seal, mac(key, name, body)) {
+			return body, true
+		}
+	}
+	return nil, false
 }
 
-func (s *Sealer) mac(name string, body []byte) []byte {
-	h := hmac.New(sha256.New, s.key)
+func mac(key []byte, name string, body []byte) []byte {
+	h := hmac.New(sha256.New, key)
 	h.Write([]byte(version))
 	h.Write(AppendString(nil, name)) // with its length, so that name and body cannot shift
 	h.Write(body)

@@ -61,9 +61,9 @@ type record struct {
 	body []byte
 }
 
-// New returns the Records of rdb, sealed under secret, which live for ttl.
-func New(rdb redis.UniversalClient, secret []byte, limits batch.Limits, ttl time.Duration) *Records {
-	r := &Records{rdb: rdb, sealer: sealed.NewSealer(secret), limits: limits, ttl: ttl}
+// New returns the Records of rdb, sealed by sealer, which live for ttl.
+func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration) *Records {
+	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl}
 	r.breaker = gobreaker.NewCircuitBreaker[[]reply](gobreaker.Settings{
 		Timeout:     breakFor,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },

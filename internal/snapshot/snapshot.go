@@ -23,9 +23,9 @@ type Snapshot struct {
 	xip        *[]uint64 // in progress, xmin <= x < xmax, ascending; nil: none, which is the rule and takes less memory
 }
 
-// A Server tells the runs of servers apart: it is the microsecond in which the
-// postmaster started, since 1970. Transaction ids of two runs have to do with each
-// other only if their histories are the same. 0 is not known.
+// A Server tells databases, and the runs of servers that they are on, apart. Transaction
+// ids of two runs have to do with each other only if their histories are the same. 0 is
+// not known.
 type Server int64
 
 // On returns s as a snapshot of a server.
@@ -146,7 +146,12 @@ type Collector struct {
 	reads   int
 	snap    Snapshot
 	standby bool
+	origin  Origin
 }
+
+// An Origin tells tables apart: those of one run of a server, in one database, found by
+// one search_path. 0 is not known.
+type Origin int64
 
 type collectorKey struct{}
 
@@ -163,6 +168,15 @@ func ReportStandby(ctx context.Context) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.standby = true
+	}
+}
+
+// ReportOrigin notes which tables the read under way is of.
+func ReportOrigin(ctx context.Context, origin Origin) {
+	if c, ok := ctx.Value(collectorKey{}).(*Collector); ok {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.origin = origin
 	}
 }
 
@@ -192,6 +206,13 @@ func (c *Collector) Snapshot() Snapshot {
 		return Snapshot{}
 	}
 	return c.snap
+}
+
+// Origin returns which tables were read; 0 if that was not reported.
+func (c *Collector) Origin() Origin {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.origin
 }
 
 // Standby reports whether a standby was read.
