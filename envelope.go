@@ -118,9 +118,10 @@ func (e *Error) body() string {
 // Any other error, nil, and a StatusCode that is no error status are answered
 // with status 500 and a fixed text: err itself is never shown.
 //
-// Headers that describe some other body (Content-Encoding, ETag, Last-Modified)
-// are removed. A 401 carries the challenge of RFC 6750, section 3, in the realm
-// of the Middleware that r passed, or "api". The body is left out for HEAD.
+// Headers that describe some other body (ETag, Last-Modified) are removed.
+// Content-Encoding stays: a compressor outside has set it for what it is about to do
+// (https://go.dev/issue/66343). A 401 carries the challenge of RFC 6750, section 3, in
+// the realm of the Middleware that r passed, or "api".
 func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 	e, ok := errors.AsType[*Error](err)
 	if !ok || e == nil || e.StatusCode < 400 || e.StatusCode > 599 {
@@ -132,11 +133,13 @@ func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 	}
 
 	h := w.Header()
-	for _, name := range []string{"Content-Encoding", "Etag", "Last-Modified"} {
+	for _, name := range []string{"Content-Length", "Etag", "Last-Modified"} {
 		h.Del(name)
 	}
 	h.Set("Content-Type", "application/json; charset=utf-8")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
+	if h.Get("Content-Encoding") == "" { // else it is not for us to know
+		h.Set("Content-Length", strconv.Itoa(len(body)))
+	}
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Add("Vary", "Authorization")
@@ -147,9 +150,7 @@ func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 		h.Set("Retry-After", "1")
 	}
 	w.WriteHeader(e.StatusCode)
-	if r.Method != http.MethodHead {
-		_, _ = io.WriteString(w, body) // a client that has gone needs no answer
-	}
+	_, _ = io.WriteString(w, body) // a server leaves it out for HEAD; a client that has gone needs no answer
 }
 
 // challenge is the WWW-Authenticate value of a 401. RFC 6750, section 3.1, has

@@ -304,7 +304,9 @@ func bearerKey(values []string) (string, error) {
 	if len(values) == 0 {
 		return "", ErrAuthorizationHeaderMissing
 	}
-	scheme, key, more := strings.Cut(strings.Join(values, ", "), " ")
+	// Blanks around the value are no part of it (RFC 9110, section 5.5). Servers trim
+	// them on HTTP/1.1, but not on HTTP/2.
+	scheme, key, more := strings.Cut(strings.Trim(strings.Join(values, ", "), " \t"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
 		if more && strings.EqualFold(scheme, "Bearer,") {
 			return "", ErrInvalidAPIKey // a list whose first member is a bare Bearer
@@ -315,8 +317,8 @@ func bearerKey(values []string) (string, error) {
 	switch {
 	case len(key) <= maxKeyLen && isToken68(key):
 		return key, nil
-	case strings.Trim(key, " \t") == "":
-		return "", ErrAPIKeyMissing // net/http trims the blanks on HTTP/1.1, not on HTTP/2
+	case key == "":
+		return "", ErrAPIKeyMissing
 	}
 	return "", ErrInvalidAPIKey
 }

@@ -33,9 +33,8 @@ type requestCase struct {
 	key    keyState  // live if empty
 	plan   planState // paid if empty
 
-	want      string  // the code, "" for admitted
-	wantHTTP1 *string // where net/http's trimming of the line makes a difference
-	only1     bool    // cannot be said in HTTP/2
+	want  string // the code, "" for admitted
+	only1 bool   // cannot be said in HTTP/2
 }
 
 const (
@@ -85,7 +84,8 @@ func requestCases() []requestCase {
 		{name: "a shorter word", lines: auth("Beare {key}"), want: schema},
 		{name: "non-ASCII look-alike", lines: auth("Βearer {key}"), want: schema}, // Greek Beta
 		{name: "non-breaking space", lines: auth("Bearer\u00a0{key}"), want: schema},
-		{name: "blank before", lines: auth(" Bearer {key}"), want: schema, wantHTTP1: new(admitted)},
+		{name: "blanks before", lines: auth(" \t Bearer {key}")},
+		{name: "blanks before another scheme", lines: auth(" Token {key}"), want: schema},
 
 		{name: "Bearer", lines: auth("Bearer"), want: keyMissing},
 		{name: "Bearer and blank", lines: auth("Bearer "), want: keyMissing},
@@ -99,7 +99,8 @@ func requestCases() []requestCase {
 		{name: "mixed case", lines: auth("bEaReR {key}")},
 		{name: "lower-case field name", lines: []string{"authorization: Bearer {key}"}},
 		{name: "no blank after the colon", lines: []string{"Authorization:Bearer {key}"}},
-		{name: "blank after the key", lines: auth("Bearer {key} "), want: invalid, wantHTTP1: new(admitted)},
+		{name: "blanks after the key", lines: auth("Bearer {key} \t ")},
+		{name: "non-breaking space after the key", lines: auth("Bearer {key}\u00a0"), want: invalid},
 		{name: "tab before the key", lines: auth("Bearer \t{key}"), want: invalid},
 		{name: "junk after the key", lines: auth("Bearer {key} junk"), want: invalid},
 		{name: "comma after the key", lines: auth("Bearer {key},"), want: invalid},
@@ -179,6 +180,9 @@ func openRecorder(_ *testing.T, h http.Handler) func(*testing.T, requestCase) *h
 		r.Header = c.header()
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, r)
+		if c.method == "HEAD" {
+			w.Body.Reset() // as servers do
+		}
 		return w.Result()
 	}
 }
@@ -344,12 +348,8 @@ func TestRequests(t *testing.T) {
 							w.err = errStore
 						}
 					})
-					want := c.want
-					if c.wantHTTP1 != nil && way.name == "HTTP/1.1" {
-						want = *c.wantHTTP1
-					}
 					handler.Store(new(spy))
-					c.check(t, send(t, c), handler.Load(), org, want, bodies)
+					c.check(t, send(t, c), handler.Load(), org, c.want, bodies)
 				})
 			}
 		})
@@ -413,14 +413,14 @@ func FuzzBearerKey(f *testing.F) {
 		f.Add(strings.Join(values, "\n"), len(values) > 0)
 	}
 	grammar := regexp.MustCompile(`^(?i:bearer) +([0-9A-Za-z._~+/-]+=*)$`)
-	noKey := regexp.MustCompile(`^(?i:bearer)( [ \t]*)?$`)
+	noKey := regexp.MustCompile(`^(?i:bearer)$`)
 	bearer := regexp.MustCompile(`^(?i:bearer),? `)
 	f.Fuzz(func(t *testing.T, text string, present bool) {
 		var values []string
 		if present {
 			values = strings.Split(text, "\n")
 		}
-		joined := strings.Join(values, ", ")
+		joined := regexp.MustCompile(`^[ \t]*|[ \t]*$`).ReplaceAllString(strings.Join(values, ", "), "")
 		got, err := apikey.BearerKey(values)
 
 		var wantKey string
