@@ -70,9 +70,13 @@ func farther(a, b Source) Source {
 	return ""
 }
 
+// CodeCanceled is the Code of a [Decision] that the client did not wait for, so that
+// clients that hang up do not look like an outage. No client is answered with it.
+const CodeCanceled = "CANCELED"
+
 // A Decision is what became of one request.
 type Decision struct {
-	Code     string        // "" if admitted, else the Code of the refusal
+	Code     string        // "" if admitted, else the Code of the refusal, or CodeCanceled
 	Err      error         // nil if admitted, else the refusal, with its cause if it was ErrUnavailable
 	OrgID    string        // "" unless a key was found
 	KeyID    string        // "" unless a key was found
@@ -232,6 +236,9 @@ func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	d := Decision{Err: err, OrgID: org.ID, KeyID: org.KeyID, Source: source, Duration: time.Since(start)}
 	if e, ok := errors.AsType[*Error](err); ok {
 		d.Code = e.Code
+		if e.Code == ErrUnavailable.Code && errors.Is(r.Context().Err(), context.Canceled) {
+			d.Code = CodeCanceled
+		}
 		org = Org{}
 	}
 	m.opts.Observe(r.Context(), d)

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -546,6 +548,47 @@ func TestObserve(t *testing.T) {
 		if len(got) != 1 || got[0] != want {
 			t.Errorf("observed %+v, want once %+v", got, want)
 		}
+	}
+}
+
+// TestCanceled: a client that hangs up while its key is looked up is no outage, with a
+// cache and without. One that the service has given a deadline is.
+func TestCanceled(t *testing.T) {
+	for _, cached := range []bool{false, true} {
+		t.Run(fmt.Sprint("cached ", cached), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newMemoryWorld()
+				key, _ := w.enrol(t, live, paid)
+				var keys apikey.KeyStore = apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
+					<-ctx.Done()
+					return apikey.Key{}, ctx.Err()
+				})
+				if cached {
+					rdb := (&fakeRedis{fault: func(context.Context) error { return errStore }}).client()
+					defer rdb.Close()
+					keys = apikey.NewCache(rdb, newSecret(), nil).Keys(keys)
+				}
+				codes := make(chan string, 2)
+				mw := apikey.New(keys, w, &apikey.Options{Observe: func(_ context.Context, d apikey.Decision) { codes <- d.Code }})
+				ask := func(ctx context.Context) {
+					r := httptest.NewRequestWithContext(ctx, "GET", "/", nil)
+					r.Header.Set("Authorization", "Bearer "+key)
+					if _, err := mw.Authenticate(r); !errors.Is(err, apikey.ErrUnavailable) {
+						t.Errorf("Authenticate = %v", err)
+					}
+				}
+				impatient, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				defer cancel()
+				go ask(impatient) // with a cache its lookup goes on
+				synctest.Wait()
+				gone, hangUp := context.WithCancel(t.Context())
+				time.AfterFunc(10*time.Millisecond, hangUp)
+				ask(gone)
+				if got := [2]string{<-codes, <-codes}; got != [2]string{apikey.CodeCanceled, unavailable} {
+					t.Errorf("observed %q", got)
+				}
+			})
+		})
 	}
 }
 

@@ -4,6 +4,7 @@ package examples
 
 import (
 	"compress/gzip"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -78,7 +79,7 @@ func TestCompressors(t *testing.T) {
 							if resp.StatusCode != 200 && resp.StatusCode != 401 {
 								t.Errorf("HEAD %q, %s: status %d", header, encoding, resp.StatusCode)
 							}
-						case want == "" && err != nil, want != "" && (err == nil || err.(*apikey.Error).Code != want):
+						case want == "" && err != nil, want != "" && !errors.Is(err, &apikey.Error{Code: want}):
 							t.Errorf("%q, %s: %v, want %q; headers %v", header, encoding, err, want, resp.Header)
 						}
 					}
