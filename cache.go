@@ -436,7 +436,7 @@ func (k cachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[k
 func (k cachedKeys) joined(p cachedPlans) cachedKeys {
 	keys, ok1 := k.next.(*PostgresKeyStore)
 	plans, ok2 := p.next.(*PostgresPlanStore)
-	if ok1 && ok2 && sameDB(keys.db, plans.db) {
+	if ok1 && ok2 && sameDB(keys.db.db, plans.db.db) {
 		k.store = readthrough.NewStore(k.cache.keys, k.cache.joinedReader(keys))
 	}
 	return k

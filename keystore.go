@@ -103,19 +103,19 @@ type DB interface {
 // On a pgx.Tx, all it does is part of that transaction. None of the refusals
 // [ErrNotFound], [ErrKeyExists], [ErrKeyLimit], [ErrKeyDead] and [*InputError] ends
 // the transaction. Every change names the organisation, and finds only its keys.
-type PostgresKeyStore struct{ db DB }
+type PostgresKeyStore struct{ db oneTrip }
 
 // NewPostgresKeyStore returns the key store on db. It panics if db is nil.
 func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	if isNil(db) {
 		panic("apikey: NewPostgresKeyStore: db is nil: pass a *pgxpool.Pool")
 	}
-	return &PostgresKeyStore{db}
+	return &PostgresKeyStore{oneTrip{db}}
 }
 
 // stampSQL are the first columns of a lookup: the snapshot that it runs in, the server,
-// and which tables these are.
-const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL + `, ` + feed.OriginSQL
+// which tables these are, and the process that answers.
+const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL + `, ` + feed.OriginSQL + `, pg_catalog.pg_backend_pid()`
 
 // A lookupSQL is a statement that looks subjects up. It begins with stampSQL, and has a
 // row even if nothing is found, so that "absent" has a stamp too.
@@ -219,35 +219,47 @@ func byteSlices(hashes []KeyHash) [][]byte {
 
 // lookUp looks subjects up, reports the snapshot, and calls each for every row. If the
 // pool has no connection free in time, the error is [readthrough.ErrBusy].
-func lookUp[S any](ctx context.Context, db DB, sql lookupSQL, subjects []S, columns []any, each func()) error {
-	if pool, ok := db.(*pgxpool.Pool); ok {
-		conn, err := pool.Acquire(ctx)
+func lookUp[S any](ctx context.Context, on oneTrip, sql lookupSQL, subjects []S, columns []any, each func()) error {
+	db := on.db
+	var conn *pgx.Conn // nil: not known
+	switch d := db.(type) {
+	case *pgxpool.Pool:
+		pooled, err := acquire(ctx, d)
 		if err != nil {
-			if stat := pool.Stat(); ctx.Err() != nil && stat.AcquiredConns() >= stat.MaxConns() {
-				return fmt.Errorf("%w: %w", readthrough.ErrBusy, err)
-			}
 			return err
 		}
-		defer conn.Release()
-		db = conn
+		defer pooled.Release()
+		db, conn = pooled, pooled.Conn()
+	case *pgx.Conn:
+		conn = d
+	case pgx.Tx:
+		conn = d.Conn()
 	}
 	statement, arg := sql.many, any(subjects)
 	if len(subjects) == 1 {
 		statement, arg = sql.one, subjects[0]
 	}
-	rows, err := db.Query(ctx, statement, arg)
+	args := []any{pgx.QueryExecModeExec, arg}
+	if isDirect(conn) {
+		args = args[1:]
+	}
+	rows, err := db.Query(ctx, statement, args...)
 	if err != nil {
 		return err
 	}
 	var stamp string
 	var server snapshot.Server
 	var origin snapshot.Origin
-	_, err = pgx.ForEachRow(rows, append([]any{&stamp, &server, &origin}, columns...), func() error {
+	var pid uint32
+	_, err = pgx.ForEachRow(rows, append([]any{&stamp, &server, &origin, &pid}, columns...), func() error {
 		each()
 		return nil
 	})
 	if err != nil {
 		return err
+	}
+	if conn != nil && conn.PgConn().PID() == pid {
+		conn.PgConn().CustomData()[directKey] = true
 	}
 	snapshot.ReportOrigin(ctx, origin)
 	switch {
@@ -258,6 +270,64 @@ func lookUp[S any](ctx context.Context, db DB, sql lookupSQL, subjects []S, colu
 	}
 	return nil
 }
+
+// directKey marks connections that lead to PostgreSQL itself.
+const directKey = "github.com/trackpilots/apikey: direct"
+
+// isDirect reports whether conn is known to lead to PostgreSQL itself, and not to a
+// pooler, which may run each statement on another connection, where it is not prepared.
+// The process that answered is the one that the connection was made to.
+func isDirect(conn *pgx.Conn) bool {
+	return conn != nil && conn.PgConn().CustomData()[directKey] != nil
+}
+
+// oneTrip is a DB whose statements are not prepared, whatever the default of db is:
+// they pass poolers, and take one round trip.
+type oneTrip struct{ db DB }
+
+func (o oneTrip) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	return o.db.Exec(ctx, sql, append([]any{pgx.QueryExecModeExec}, args...)...)
+}
+
+func (o oneTrip) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	return o.db.Query(ctx, sql, append([]any{pgx.QueryExecModeExec}, args...)...)
+}
+
+func (o oneTrip) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	return o.db.QueryRow(ctx, sql, append([]any{pgx.QueryExecModeExec}, args...)...)
+}
+
+// acquire takes a connection out of pool. If the server allows no more of them, it
+// waits for one of those that the pool has or is getting.
+func acquire(ctx context.Context, pool *pgxpool.Pool) (*pgxpool.Conn, error) {
+	limited := false
+	for tries := 0; ; tries++ {
+		conn, err := pool.Acquire(ctx)
+		if err == nil {
+			return conn, nil
+		}
+		stat := pool.Stat()
+		e, refused := errors.AsType[*pgconn.PgError](err)
+		refused = refused && e.Code == tooManyConnections
+		limited = limited || refused
+		switch {
+		case ctx.Err() != nil && stat.AcquiredConns() > 0 && (limited || stat.AcquiredConns() >= stat.MaxConns()):
+			return nil, fmt.Errorf("%w: %w", readthrough.ErrBusy, err)
+		case !refused || ctx.Err() != nil || stat.TotalConns() == 0 || tries == maxTries:
+			return nil, err
+		}
+		select {
+		case <-time.After(waitForFree):
+		case <-ctx.Done():
+		}
+	}
+}
+
+const (
+	tooManyConnections = "53300" // SQLSTATE too_many_connections
+	waitForFree        = 5 * time.Millisecond
+	maxTries           = 200
+)
 
 // MaxKeysPerOrg is how many keys an organisation may have, dead ones included.
 // Creations at the same time may exceed it by a few.
@@ -571,7 +641,7 @@ func (s *PostgresKeyStore) find(ctx context.Context, column string, value any) (
 // Beside what reading keys takes, its role needs SELECT and UPDATE on
 // api_keys.last_used_at. The triggers announce nothing.
 type LastUsed struct {
-	db   DB
+	db   oneTrip
 	uses *lastused.Uses
 }
 
@@ -588,7 +658,7 @@ func NewLastUsed(db DB, interval time.Duration) *LastUsed {
 	if interval == 0 {
 		interval = time.Minute
 	}
-	return &LastUsed{db, lastused.New(interval)}
+	return &LastUsed{oneTrip{db}, lastused.New(interval)}
 }
 
 // Run writes until ctx ends, and then once more; it returns the error of that last

@@ -79,14 +79,14 @@ func (f PlanStoreFunc) Plan(ctx context.Context, orgID string) (Plan, error) { r
 // of the migrations, and sets what is in them. It is safe for concurrent use if its
 // DB is. On a pgx.Tx, all it does is part of that transaction, which [ErrNotFound]
 // and [*InputError] do not end.
-type PostgresPlanStore struct{ db DB }
+type PostgresPlanStore struct{ db oneTrip }
 
 // NewPostgresPlanStore returns the plan store on db. It panics if db is nil.
 func NewPostgresPlanStore(db DB) *PostgresPlanStore {
 	if isNil(db) {
 		panic("apikey: NewPostgresPlanStore: db is nil: pass a *pgxpool.Pool")
 	}
-	return &PostgresPlanStore{db}
+	return &PostgresPlanStore{oneTrip{db}}
 }
 
 var planSQL = newLookupSQL(`

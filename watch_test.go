@@ -4,6 +4,7 @@ package apikey_test
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -18,7 +19,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
@@ -519,16 +519,7 @@ func TestBrokenFeeds(t *testing.T) {
 func TestPgBouncer(t *testing.T) {
 	const maxStaleness = time.Second
 	w := newPostgresWorld(t)
-	config, err := pgxpool.ParseConfig(testservers.PgBouncer(t, w.pool.Config().ConnString()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol
-	pool, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pool.Close()
+	pool := testservers.Pool(t, testservers.PgBouncer(t, w.pool.Config().ConnString()))
 	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: maxStaleness})
 	watch(t, cache, pool)
 	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
@@ -549,6 +540,90 @@ func TestPgBouncer(t *testing.T) {
 			t.Fatalf("admits %v after the change", time.Since(start))
 		}
 		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestExecModes: whatever the mode of the pool is, and whether PgBouncer is in between or
+// not, keys are found, and looked after.
+func TestExecModes(t *testing.T) {
+	w := newPostgresWorld(t)
+	direct := w.pool.Config().ConnString()
+	var apiKeys []string
+	for range 40 {
+		apiKey, _ := w.enrol(t, live, paid)
+		apiKeys = append(apiKeys, apiKey)
+	}
+	for name, url := range map[string]string{"direct": direct, "PgBouncer": testservers.PgBouncer(t, direct)} {
+		for _, mode := range []string{"", "cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
+			t.Run(name+" "+mode, func(t *testing.T) {
+				if mode != "" {
+					url += "&default_query_exec_mode=" + mode
+				}
+				pool := testservers.Pool(t, url)
+				keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
+				for range 5 { // the later ones on connections that have been used
+					cache := apikey.NewCache(testservers.Redis(t), newSecret(), nil)
+					r := replica{apikey.New(cache.Keys(keys), cache.Plans(plans), nil), cache}
+					var wg sync.WaitGroup
+					for _, apiKey := range apiKeys {
+						wg.Go(func() { r.wantCode(t, apiKey, admitted) })
+					}
+					wg.Wait()
+				}
+				_, org := w.enrol(t, unknown, paid)
+				orgID := org.ID
+				for range 3 {
+					info, secret, err := keys.Create(t.Context(), orgID, apikey.NewKey{Name: "n"})
+					if err != nil {
+						t.Fatal(err)
+					}
+					_, _, err = keys.Rotate(t.Context(), orgID, info.ID, time.Now().Add(time.Hour), apikey.NewKey{})
+					_, _, err2 := keys.List(t.Context(), orgID, apikey.Page{})
+					_, err3 := keys.Import(t.Context(), orgID, rand.Text(), apikey.NewKey{ExpiresAt: time.Now().Add(time.Hour)})
+					_, _, err4 := keys.FindHash(t.Context(), apikey.HashKey(secret.Reveal()))
+					err = errors.Join(err, err2, err3, err4, keys.Deactivate(t.Context(), orgID, info.ID), keys.Activate(t.Context(), orgID, info.ID),
+						keys.Expire(t.Context(), orgID, info.ID, time.Time{}), keys.Delete(t.Context(), orgID, info.ID),
+						plans.DefineTier(t.Context(), "tier", true), plans.Subscribe(t.Context(), orgID, "tier", apikey.PlanActive, time.Time{}),
+						plans.SetTier(t.Context(), orgID, starter), plans.SetStatus(t.Context(), orgID, apikey.PlanPastDue), plans.SetEnd(t.Context(), orgID, time.Now()))
+					if err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestConnectionLimit: the server gives the role fewer connections than the pool may
+// have: lookups wait for those that there are.
+func TestConnectionLimit(t *testing.T) {
+	w := newPostgresWorld(t)
+	role := "few_" + strings.ToLower(rand.Text())
+	mustExec(t, w.pool, `CREATE ROLE `+role+` LOGIN CONNECTION LIMIT 2 PASSWORD 'p'`)
+	defer mustExec(t, w.pool, `DROP ROLE `+role)
+	mustExec(t, w.pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
+	defer mustExec(t, w.pool, `DROP OWNED BY `+role)
+	config := w.pool.Config()
+	config.ConnConfig.User, config.ConnConfig.Password, config.MaxConns = role, "p", 8
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	var apiKeys []string
+	for range 400 {
+		apiKey, _ := w.enrol(t, live, paid)
+		apiKeys = append(apiKeys, apiKey)
+	}
+	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxBatchSize: 4, StoreTimeout: 10 * time.Second})
+	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	var wg sync.WaitGroup
+	for _, apiKey := range apiKeys {
+		wg.Go(func() { r.wantCode(t, apiKey, admitted) })
+	}
+	wg.Wait()
+	if got := cache.Stats(); got.StoreErrors > 0 || got.StoreBusy > 0 {
+		t.Errorf("%+v", got)
 	}
 }
 
