@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"log/slog"
 	"reflect"
 	"regexp"
 	"slices"
@@ -104,6 +105,11 @@ type CacheOptions struct {
 	// for subjects that are known to exist, one half for others. A lookup that finds
 	// its half full is [ErrUnavailable] at once. Defaults to 8192.
 	MaxQueue int
+
+	// Logger is told when announcements are not heard and when they are again, and when
+	// Redis or a store is not asked for a while since it fails, and when it is again.
+	// Defaults to none.
+	Logger *slog.Logger
 }
 
 // withDefaults returns o with defaults for what is zero; o may be nil.
@@ -121,6 +127,7 @@ func (o *CacheOptions) withDefaults() CacheOptions {
 	r.MaxBatches = cmp.Or(r.MaxBatches, 4)
 	r.MaxBatchSize = cmp.Or(r.MaxBatchSize, 256)
 	r.MaxQueue = cmp.Or(r.MaxQueue, 8192)
+	r.Logger = cmp.Or(r.Logger, slog.New(slog.DiscardHandler))
 	return r
 }
 
@@ -172,6 +179,8 @@ type CacheStats struct {
 	StoreBusy      uint64 // lookups for which all connections of the pool were in use
 	StoreAbandoned uint64 // lookups under way in stores that have not returned although their time is over
 	StaleUses      uint64 // admitted on facts past their time, since the store could not be read
+
+	RedisErr error // why Redis did not answer when it was last asked; nil if it did
 
 	StandbyReads uint64 // of the StoreReads, those that a standby answered: these facts are used by their age only
 
@@ -235,9 +244,10 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		return batch.Limits{AtOnce: o.MaxBatches, Size: o.MaxBatchSize, Queue: o.MaxQueue / 2, Budget: timeout}
 	}
 	c := &Cache{rdb: rdb}
-	c.shared.Log = feed.NewLog(o.MaxStaleness, o.StaleIfError)
-	c.shared.Redis = shared.New(rdb, sealed.NewSealer(secret, o.AcceptedSecrets...), limits(o.RedisTimeout), o.StaleIfError)
+	c.shared.Log = feed.NewLog(o.MaxStaleness, o.StaleIfError, o.Logger)
+	c.shared.Redis = shared.New(rdb, sealed.NewSealer(secret, o.AcceptedSecrets...), limits(o.RedisTimeout), o.StaleIfError, o.Logger)
 	c.shared.Batches = limits(o.StoreTimeout)
+	c.shared.Logger = o.Logger
 	c.shared.Limits = readthrough.Limits{
 		MaxRefusalStaleness: min(o.MaxStaleness, refusalStaleness), MaxStaleness: o.MaxStaleness,
 		RefreshAfter: o.RefreshAfter, StaleIfError: o.StaleIfError,
@@ -308,6 +318,7 @@ func (c *Cache) Stats() CacheStats {
 		StoreAbandoned: uint64(s.Abandoned.Load()),
 		QueueFull:      s.Queue.Full.Load() + r.Queue.Full.Load(),
 		QueueTimeouts:  s.Queue.Waited.Load() + r.Queue.Waited.Load(),
+		RedisErr:       c.shared.Redis.Fault(),
 		StandbyReads:   s.Standby.Load(),
 		StaleUses:      s.StaleUses.Load(),
 		FeedLive:       c.shared.Log.Live(clock.At(time.Now())),
@@ -509,6 +520,7 @@ func answer[S comparable, V any](ctx context.Context, l *readthrough.Layer[S, V]
 // keyReader reads keys, and no plans.
 func keyReader(next KeyStore) readthrough.Reader[KeyHash, keyFacts, Key] {
 	r := readthrough.Reader[KeyHash, keyFacts, Key]{
+		Name:  "keys",
 		One:   one(next.Key),
 		Fill:  func(rec *readthrough.Record[keyFacts], k Key) { rec.Value.Key = compactKey(k) },
 		Adopt: func(rec *readthrough.Record[keyFacts]) { rec.Value.plan.Store(nil) }, // it may be from other tables
@@ -523,6 +535,7 @@ func keyReader(next KeyStore) readthrough.Reader[KeyHash, keyFacts, Key] {
 // joinedReader reads keys and their plans.
 func (c *Cache) joinedReader(next *PostgresKeyStore) readthrough.Reader[KeyHash, keyFacts, keyAndPlan] {
 	return readthrough.Reader[KeyHash, keyFacts, keyAndPlan]{
+		Name: "keys",
 		Many: next.keysAndPlans,
 		Fill: func(rec *readthrough.Record[keyFacts], f keyAndPlan) {
 			rec.Value.Key = compactKey(f.key)
@@ -538,6 +551,7 @@ func (c *Cache) joinedReader(next *PostgresKeyStore) readthrough.Reader[KeyHash,
 
 func planReader(next PlanStore) readthrough.Reader[string, Plan, Plan] {
 	r := readthrough.Reader[string, Plan, Plan]{
+		Name: "plans",
 		One:  one(next.Plan),
 		Fill: func(rec *readthrough.Record[Plan], p Plan) { rec.Value = compactPlan(p) },
 	}

@@ -4,9 +4,13 @@ package apikey_test
 // Outages of real servers are in fault_test.go.
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -17,6 +21,7 @@ import (
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
 
 // breakFor is a little longer than what has failed is left alone for.
@@ -345,6 +350,7 @@ func TestRedisOutages(t *testing.T) {
 				if gets, sets := fake.counts(); gets != 2 || sets != 2 {
 					t.Errorf("%d GETs and %d SETs after Redis has come back, want 2 and 2", gets, sets)
 				}
+				time.Sleep(10 * time.Second) // for what still tries to connect
 			})
 		})
 	}
@@ -368,4 +374,93 @@ func TestFrozenRedis(t *testing.T) {
 		t.Errorf("answered %q, want admitted", got)
 	}
 	waitFor(t, func() bool { return r.cache.Stats().RedisErrors+r.cache.Stats().RedisSkipped == 4 })
+}
+
+// TestDistantRedis: Redis is as far away as another region, and wants a password: it
+// takes longer to connect than a request may wait. It is used all the same.
+func TestDistantRedis(t *testing.T) {
+	server := testservers.StartRedis(t, "--requirepass", "p")
+	address, proxy := testservers.ProxyRedis(t, server.URL)
+	proxy.Delay(20 * time.Millisecond)
+	opts, err := redis.ParseURL(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opts.Password, opts.ContextTimeoutEnabled = "p", true
+	rdb := redis.NewClient(opts)
+	defer rdb.Close()
+	w := newPostgresWorld(t)
+	apiKey, _ := w.enrol(t, live, paid)
+	r := newPostgresReplica(w, rdb, newSecret(), &apikey.CacheOptions{MemoryEntries: -1})
+	waitFor(t, func() bool {
+		r.wantCode(t, apiKey, admitted)
+		return r.cache.Stats().RedisHits > 10
+	})
+	if err := r.cache.Stats().RedisErr; err != nil {
+		t.Errorf("RedisErr is %v", err)
+	}
+
+	hopeless := newPostgresReplica(w, rdb, newSecret(), &apikey.CacheOptions{MemoryEntries: -1, RedisTimeout: 5 * time.Millisecond})
+	hopeless.wantCode(t, apiKey, admitted)
+	if err := hopeless.cache.Stats().RedisErr; !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("with less time than it takes RedisErr is %v", err)
+	}
+}
+
+// lines is what was written, by whatever goroutine.
+type lines struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.Buffer.Write(b)
+}
+
+// take returns what was written since the last take.
+func (l *lines) take() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	text := l.String()
+	l.Reset()
+	return text
+}
+
+// TestLogger: it is told once when something is lost, and once when it is back.
+func TestLogger(t *testing.T) {
+	w := newPostgresWorld(t)
+	address, postgres := testservers.ProxyPostgres(t, w.pool.Config().ConnString())
+	redisAddress, rdb := testservers.ProxyRedis(t, testservers.RedisURL(t))
+	pool := testservers.Pool(t, address)
+	var log lines
+	cache := apikey.NewCache(testservers.RedisAt(t, redisAddress), newSecret(), &apikey.CacheOptions{
+		MemoryEntries: -1, MaxStaleness: time.Second, Logger: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	watch(t, cache, pool)
+	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	apiKey, _ := w.enrol(t, live, paid)
+	says := func(texts ...string) {
+		t.Helper()
+		var told string
+		waitFor(t, func() bool {
+			r.ask(apiKey)
+			told += log.take()
+			return !slices.ContainsFunc(texts, func(text string) bool { return !strings.Contains(told, text) })
+		})
+		for range 50 { // and does not go on saying so
+			r.ask(apiKey)
+		}
+		if told += log.take(); strings.Count(told, "\n") > 2*len(texts) {
+			t.Errorf("it is told\n%s", told)
+		}
+	}
+	says("changes are heard")
+	postgres.Set(t, testservers.Reset)
+	rdb.Set(t, testservers.Reset)
+	says("changes are not heard", "Redis is not used", "a store is not asked")
+	postgres.Set(t, testservers.Healthy)
+	rdb.Set(t, testservers.Healthy)
+	says("changes are heard", "Redis is used again", "a store is asked again")
 }

@@ -24,12 +24,20 @@ const (
 func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	defer log.asked.Store(0)
 	backoff := minBackoff
+	var told string
 	for {
 		err := guarded(ctx, pool, log)
 		if log.Live(clock.At(time.Now())) { // it worked for a while
 			backoff = minBackoff
 		}
-		log.End(err)
+		renewed := log.End(err)
+		if ctx.Err() != nil {
+			return
+		}
+		if renewed || err.Error() != told {
+			told = err.Error()
+			log.logger.Warn("apikey: changes are not heard, so that they are noticed within MaxStaleness only", "error", err)
+		}
 		wait := rand.N(backoff)
 		if errors.Is(err, errPooler) {
 			wait = poolerBackoff/2 + rand.N(poolerBackoff)

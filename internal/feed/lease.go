@@ -38,6 +38,7 @@ type History string
 type session struct {
 	first snapshot.Snapshot // taken when the connection listened
 	known clock.Instant     // up to this time all changes are known
+	live  bool              // it has been renewed
 }
 
 // vouching is who vouches for records. It is immutable, and replaced as a whole.
@@ -76,13 +77,21 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 
 // Renew notes that all that was committed at a time has been announced.
 func (l *Log) Renew(known clock.Instant) {
+	if l.renew(known) {
+		l.logger.Info("apikey: changes are heard")
+	}
+}
+
+// renew reports whether the session is live from now on.
+func (l *Log) renew(known clock.Instant) (live bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	v := *l.vouching.Load()
 	if v.session == nil || known.Before(v.session.known) {
-		return
+		return false
 	}
-	v.session = &session{v.session.first, known}
+	live = !v.session.live
+	v.session = &session{v.session.first, known, true}
 	l.vouching.Store(&v)
 
 	kept := l.suspects[:0]
@@ -95,23 +104,27 @@ func (l *Log) Renew(known clock.Instant) {
 		}
 	}
 	l.suspects = kept
+	return live
 }
 
 // End ends the session because of err: from now on announcements may be missed. What
-// was known stays known until the lease runs out.
-func (l *Log) End(err error) {
+// was known stays known until the lease runs out. It reports whether the session had
+// been renewed.
+func (l *Log) End(err error) (renewed bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.suspects = nil
 	l.fault.Store(&err)
 	v := *l.vouching.Load()
 	if v.session != nil {
+		renewed = v.session.live
 		v.session, v.ended = nil, v.session
 	}
 	if v.mismatch {
 		v.ended = nil
 	}
 	l.vouching.Store(&v)
+	return renewed
 }
 
 // ErrOtherServer is why a session ends whose server is not the one that stores read.

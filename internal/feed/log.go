@@ -6,6 +6,7 @@
 package feed
 
 import (
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +19,7 @@ import (
 type Log struct {
 	lease    time.Duration
 	life     time.Duration
+	logger   *slog.Logger
 	epochs   [cells]atomic.Uint32
 	vouching atomic.Pointer[vouching]
 	asked    atomic.Int64 // when the session asked what is not answered yet, since began; 0: all is answered
@@ -56,8 +58,9 @@ const (
 
 // NewLog returns an empty Log without a session. What was known to be complete at a
 // time is known for lease after it. No record is used for longer than life.
-func NewLog(lease, life time.Duration) *Log {
-	l := &Log{lease: lease, life: life}
+// logger is told of sessions that begin and end.
+func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
+	l := &Log{lease: lease, life: life, logger: logger}
 	l.vouching.Store(new(vouching))
 	for kind := range l.marks {
 		l.marks[kind] = newMarks()

@@ -3,6 +3,7 @@ package feed
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 	"testing"
@@ -30,7 +31,7 @@ func at(d time.Duration) clock.Instant { return clock.At(start.Add(d)) }
 
 var start = time.Now()
 
-func newLog() *Log { return NewLog(10*time.Second, time.Hour) }
+func newLog() *Log { return NewLog(10*time.Second, time.Hour, slog.New(slog.DiscardHandler)) }
 
 func TestAnnounce(t *testing.T) {
 	a, b := KeyTopic(1<<40+7), KeyTopic(2)
@@ -141,7 +142,7 @@ func TestOverflow(t *testing.T) {
 
 // TestForgets: what is older than every record is forgotten, and nothing before.
 func TestForgets(t *testing.T) {
-	l := NewLog(time.Second, time.Hour)
+	l := NewLog(time.Second, time.Hour, slog.New(slog.DiscardHandler))
 	early := KeyTopic(1)
 	l.Announce(early, 10, at(0))
 	for i := range uint64(600) { // ten hours

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
@@ -36,6 +37,7 @@ type Shared struct {
 	Limits  Limits
 	Batches batch.Limits // of lookups in a store
 	Stats   Stats
+	Logger  *slog.Logger
 }
 
 // Stats counts what layers do.

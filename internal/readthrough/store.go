@@ -65,6 +65,7 @@ func (s *Store[S, V]) failing(now clock.Instant, d time.Duration) bool {
 // A Reader reads facts, each of type F. One and Many must stamp what they read: see
 // [snapshot.Report].
 type Reader[S comparable, V, F any] struct {
+	Name    string                                                   // for the log
 	One     func(context.Context, S) (fact F, found bool, err error) // unused if there is Many
 	Many    func(context.Context, []S) (map[S]F, error)              // absent subjects are left out; nil: one at a time
 	Trusted bool                                                     // it is ours: it returns when its context ends, and stamps
@@ -88,10 +89,20 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	if !r.Trusted {
 		many = abandonable(stats, many)
 	}
+	var fault atomic.Value // why the last lookup failed, a string
+	fault.Store("")
 	breaker := gobreaker.NewCircuitBreaker[[]reading[V]](gobreaker.Settings{
 		Timeout:     breakFor,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
 		IsExcluded:  func(err error) bool { return errors.Is(err, ErrBusy) },
+		OnStateChange: func(_ string, from, to gobreaker.State) {
+			switch {
+			case from == gobreaker.StateClosed:
+				l.shared.Logger.Warn("apikey: a store is not asked, since it failed several times in a row", "store", r.Name, "error", fault.Load())
+			case to == gobreaker.StateClosed:
+				l.shared.Logger.Info("apikey: a store is asked again", "store", r.Name)
+			}
+		},
 	})
 	failed, origin := new(atomic.Int64), new(atomic.Int64)
 	read := func(ctx context.Context, subjects []S) ([]reading[V], error) {
@@ -101,6 +112,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		stamp := Stamp{ReadAt: clock.At(time.Now())}
 		facts, err := many(ctx, subjects)
 		if err != nil {
+			fault.Store(err.Error())
 			return nil, err
 		}
 		stamp.Snapshot = collector.Snapshot()

@@ -6,6 +6,8 @@ package shared
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,6 +26,10 @@ const (
 	// none of its commands was answered.
 	breakAfter = 10
 	breakFor   = time.Second
+
+	// connectTimeout is the time to connect, which takes several round trips and so
+	// often more time than a request has.
+	connectTimeout = 5 * time.Second
 )
 
 // Records are the records in Redis. They are safe for concurrent use.
@@ -35,6 +41,10 @@ type Records struct {
 	breaker *gobreaker.CircuitBreaker[[]reply]
 	gets    *batch.Batcher[string, reply]
 	stats   Stats
+	logger  *slog.Logger
+
+	fault      atomic.Pointer[error] // of the last batch; nil if it was answered
+	connecting atomic.Bool
 
 	mu      sync.Mutex
 	pending []record // to be written
@@ -62,14 +72,30 @@ type record struct {
 }
 
 // New returns the Records of rdb, sealed by sealer, which live for ttl.
-func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration) *Records {
-	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl}
+func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration, logger *slog.Logger) *Records {
+	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl, logger: logger}
 	r.breaker = gobreaker.NewCircuitBreaker[[]reply](gobreaker.Settings{
 		Timeout:     breakFor,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
+		OnStateChange: func(_ string, from, to gobreaker.State) {
+			switch {
+			case from == gobreaker.StateClosed:
+				r.logger.Warn("apikey: Redis is not used, since it failed several times in a row", "error", r.Fault())
+			case to == gobreaker.StateClosed:
+				r.logger.Info("apikey: Redis is used again")
+			}
+		},
 	})
 	r.gets = batch.New(limits, &r.stats.Queue, r.getBatch)
 	return r
+}
+
+// Fault returns why the last command failed; nil if it did not.
+func (r *Records) Fault() error {
+	if err := r.fault.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 // Stats returns the counters.
@@ -132,10 +158,36 @@ func (r *Records) getBatch(ctx context.Context, names []string) ([]reply, error)
 			}
 		}
 		if failed == len(names) {
+			r.failed(replies[0].err, names[0])
 			return nil, replies[0].err
 		}
+		r.fault.Store(nil)
 		return replies, nil
 	})
+}
+
+// failed notes a failure. If it was for want of time, that may have been spent on
+// connecting: then connections are made that later batches find, at leisure, by asking
+// for name.
+func (r *Records) failed(err error, name string) {
+	r.fault.Store(&err)
+	timeout, is := errors.AsType[net.Error](err)
+	if !errors.Is(err, context.DeadlineExceeded) && !(is && timeout.Timeout()) || !r.connecting.CompareAndSwap(false, true) {
+		return
+	}
+	var all sync.WaitGroup
+	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
+	for range r.limits.AtOnce {
+		all.Go(func() {
+			defer func() { _ = recover() }() // a hook of the client's: it must not end the process
+			_ = r.rdb.Get(ctx, name).Err()
+		})
+	}
+	go func() {
+		all.Wait()
+		cancel()
+		r.connecting.Store(false)
+	}()
 }
 
 // Set puts a record in Redis, some time soon.
@@ -195,8 +247,9 @@ func (r *Records) setBatch(batch []record) {
 		}
 		r.stats.Errors.Add(uint64(failed))
 		if failed < len(batch) {
-			err = nil
+			return nil, nil
 		}
+		r.failed(err, batch[0].name)
 		return nil, err
 	})
 	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
