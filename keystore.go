@@ -5,6 +5,7 @@ package apikey
 // Secret; nothing here stores or logs it.
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -365,11 +366,24 @@ func (Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[redacted]
 // MarshalText implements [encoding.TextMarshaler], for JSON and logs.
 func (Secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
 
-// A NewKey is what the maker of a key may choose.
+// An Environment is what a key says that it is for, in its text. Authentication treats
+// all alike.
+type Environment string
+
+// The environments of keys. Those that were issued elsewhere may have none: "".
+const (
+	EnvironmentLive = Environment(keyformat.Live)
+	EnvironmentTest = Environment(keyformat.Test)
+)
+
+// A NewKey is what the maker of a key may choose. What is zero is the default of a new
+// key, and what the old key has if the new one takes its place: see
+// [PostgresKeyStore.Rotate].
 type NewKey struct {
-	Name      string    // for people: up to 255 characters, none of them a control character
-	Test      bool      // the key says test, not live; authentication treats both alike
-	ExpiresAt time.Time // the first instant at which it is dead; zero: never
+	Name        string      // for people: up to 255 characters, none of them a control character; Defaults to ""
+	Environment Environment // Defaults to EnvironmentLive; keys issued elsewhere are left as they are
+	ExpiresAt   time.Time   // the first instant at which it is dead; Defaults to never
+	NeverEnds   bool        // it never expires, although the old key does
 }
 
 // A KeyInfo is what is known of a key, for people to look after it.
@@ -382,6 +396,8 @@ type KeyInfo struct {
 	CreatedAt  time.Time
 	ExpiresAt  time.Time // zero: never
 	LastUsedAt time.Time // zero: never, or not recorded: see [LastUsed]
+
+	Environment Environment
 }
 
 // State returns "active", "deactivated" or "expired".
@@ -399,29 +415,34 @@ func (k KeyInfo) key() Key {
 	return Key{ID: k.ID, OrgID: k.OrgID, Active: k.Active, ExpiresAt: k.ExpiresAt}
 }
 
-const infoColumns = `id::text, org_id, name, hint, active, created_at, expires_at, last_used_at`
+const infoColumns = `id::text, org_id, name, hint, active, created_at, expires_at, last_used_at, environment`
 
 // scanInfo reads infoColumns, which may all be NULL.
 func scanInfo(row pgx.Row, before ...any) (KeyInfo, error) {
 	var (
-		id, orgID, name, hint            *string
+		id, orgID, name, hint, env       *string
 		active                           *bool
 		createdAt, expiresAt, lastUsedAt *time.Time
 	)
-	err := row.Scan(append(before, &id, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &lastUsedAt)...)
+	err := row.Scan(append(before, &id, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &lastUsedAt, &env)...)
 	if err != nil || id == nil {
 		return KeyInfo{}, err
 	}
 	return KeyInfo{
 		ID: *id, OrgID: *orgID, Name: *name, Hint: *hint, Active: *active,
 		CreatedAt: timeOrZero(createdAt), ExpiresAt: timeOrZero(expiresAt), LastUsedAt: timeOrZero(lastUsedAt),
+		Environment: Environment(*env),
 	}, nil
 }
 
 // Create makes a key for an organisation. The Secret is in no store: whoever does
 // not reveal it now never will. Errors: [*InputError], [ErrKeyLimit].
 func (s *PostgresKeyStore) Create(ctx context.Context, orgID string, k NewKey) (KeyInfo, Secret, error) {
-	secret, h, hint := newSecret(k)
+	k.Environment = cmp.Or(k.Environment, EnvironmentLive)
+	if err := errors.Join(checkOrgID(orgID), k.check()); err != nil {
+		return KeyInfo{}, Secret{}, err
+	}
+	secret, h, hint := newSecret(k.Environment)
 	info, err := s.insert(ctx, orgID, k, h, hint)
 	if err != nil {
 		return KeyInfo{}, Secret{}, err
@@ -429,12 +450,8 @@ func (s *PostgresKeyStore) Create(ctx context.Context, orgID string, k NewKey) (
 	return info, secret, nil
 }
 
-func newSecret(k NewKey) (Secret, KeyHash, string) {
-	env := keyformat.Live
-	if k.Test {
-		env = keyformat.Test
-	}
-	key := keyformat.New(env)
+func newSecret(env Environment) (Secret, KeyHash, string) {
+	key := keyformat.New(keyformat.Environment(env))
 	return Secret{func() string { return key }}, HashKey(key), keyformat.Hint(key)
 }
 
@@ -448,13 +465,17 @@ func (s *PostgresKeyStore) Import(ctx context.Context, orgID, key string, k NewK
 	case !keyformat.Plausible(key):
 		return KeyInfo{}, &InputError{"key", "it begins like a key of ours, but its checksum is wrong: look for a typing error"}
 	}
+	k.Environment = Environment(keyformat.EnvironmentOf(key))
 	return s.insert(ctx, orgID, k, HashKey(key), keyformat.Hint(key))
 }
 
 // minKeyLen is the length in bytes that keys issued elsewhere must have.
 const minKeyLen = 16
 
-// ImportHash is [PostgresKeyStore.Import] by the SHA-256 of the key.
+// ImportHash is [PostgresKeyStore.Import] by the SHA-256 of the key, which does not tell
+// what Import refuses: a key that is too short or long, or no token68, or that begins
+// with tpk_live_ or tpk_test_ and has another checksum, is then on record and refused
+// with [ErrInvalidAPIKey] all the same.
 func (s *PostgresKeyStore) ImportHash(ctx context.Context, orgID string, h KeyHash, k NewKey) (KeyInfo, error) {
 	return s.insert(ctx, orgID, k, h, "")
 }
@@ -467,12 +488,12 @@ func (s *PostgresKeyStore) insert(ctx context.Context, orgID string, k NewKey, h
 	info, err := scanInfo(s.db.QueryRow(ctx, `
 		WITH had AS (SELECT count(*) AS n FROM api_keys WHERE org_id = $1),
 		made AS (
-			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at)
-			SELECT $1, $2, $3, $4, $5 FROM had WHERE n < $6
+			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at, environment)
+			SELECT $1, $2, $3, $4, $5, $7 FROM had WHERE n < $6
 			ON CONFLICT (key_hash) DO NOTHING RETURNING *
 		)
 		SELECT had.n, `+infoColumns+` FROM had LEFT JOIN made ON true`,
-		orgID, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg), &count)
+		orgID, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg, string(k.Environment)), &count)
 	switch {
 	case err != nil:
 		return KeyInfo{}, fmt.Errorf("apikey: creating a key: %w", err)
@@ -562,8 +583,8 @@ func (s *PostgresKeyStore) change(ctx context.Context, what, sql, orgID, keyID s
 
 // Rotate makes a new key in the place of a live one, which lives on until a given
 // instant, unless it expires before; one that has passed ends it at once. The new
-// key has the old one's name if k has none. Errors: [ErrNotFound], [ErrKeyDead],
-// [ErrKeyLimit], [*InputError].
+// key has the old one's name, environment and end, as far as k does not say otherwise.
+// Errors: [ErrNotFound], [ErrKeyDead], [ErrKeyLimit], [*InputError].
 func (s *PostgresKeyStore) Rotate(ctx context.Context, orgID, keyID string, until time.Time, k NewKey) (KeyInfo, Secret, error) {
 	if err := k.check(); err != nil {
 		return KeyInfo{}, Secret{}, err
@@ -574,25 +595,35 @@ func (s *PostgresKeyStore) Rotate(ctx context.Context, orgID, keyID string, unti
 	if !isUUID(keyID) {
 		return KeyInfo{}, Secret{}, ErrNotFound
 	}
-	secret, h, hint := newSecret(k)
+	env := k.Environment
+	if env == "" {
+		err := s.db.QueryRow(ctx, `SELECT coalesce(nullif(environment, ''), 'live') FROM api_keys WHERE org_id = $1 AND id = $2`, orgID, keyID).Scan(&env)
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			return KeyInfo{}, Secret{}, ErrNotFound
+		case err != nil:
+			return KeyInfo{}, Secret{}, fmt.Errorf("apikey: rotating a key: %w", err)
+		}
+	}
+	secret, h, hint := newSecret(env)
 	var known, alive bool
 	info, err := scanInfo(s.db.QueryRow(ctx, `
 		WITH had AS (
-			SELECT id, name, active AND coalesce(expires_at > now(), true) AS alive,
+			SELECT id, name, expires_at, active AND coalesce(expires_at > now(), true) AS alive,
 				(SELECT count(*) FROM api_keys WHERE org_id = $1) < $8 AS room
 			FROM api_keys WHERE org_id = $1 AND id = $2 FOR UPDATE
 		),
 		old AS (
 			UPDATE api_keys k SET expires_at = least(k.expires_at, $3) FROM had
-			WHERE k.id = had.id AND alive AND room RETURNING k.name
+			WHERE k.id = had.id AND alive AND room RETURNING k.name, had.expires_at
 		),
 		made AS (
-			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at)
-			SELECT $1, coalesce(nullif($4, ''), name), $5, $6, $7 FROM old RETURNING *
+			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at, environment)
+			SELECT $1, coalesce(nullif($4, ''), name), $5, $6, CASE WHEN $10 THEN NULL ELSE coalesce($7::timestamptz, expires_at) END, $9 FROM old RETURNING *
 		)
 		SELECT had.id IS NOT NULL, coalesce(alive, false), made.`+strings.ReplaceAll(infoColumns, ", ", ", made.")+`
 		FROM (VALUES (1)) AS one LEFT JOIN had ON true LEFT JOIN made ON true`,
-		orgID, keyID, until, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg), &known, &alive)
+		orgID, keyID, until, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg, string(env), k.NeverEnds), &known, &alive)
 	switch {
 	case err != nil:
 		err = fmt.Errorf("apikey: rotating a key: %w", err)
@@ -696,6 +727,10 @@ func (k NewKey) check() error {
 		return &InputError{"name", "use UTF-8 without control characters"}
 	case utf8.RuneCountInString(k.Name) > maxNameLen:
 		return &InputError{"name", fmt.Sprintf("has %d characters: use at most %d", utf8.RuneCountInString(k.Name), maxNameLen)}
+	case k.Environment != "" && k.Environment != EnvironmentLive && k.Environment != EnvironmentTest:
+		return &InputError{"environment", fmt.Sprintf("%q is neither %q nor %q", k.Environment, EnvironmentLive, EnvironmentTest)}
+	case k.NeverEnds && !k.ExpiresAt.IsZero():
+		return &InputError{"expiry", "a key that never ends has none: leave one of the two out"}
 	case !k.ExpiresAt.IsZero() && !k.ExpiresAt.After(time.Now()):
 		return &InputError{"expiry", "has passed already: use a time to come, or none"}
 	}
@@ -708,8 +743,11 @@ const (
 )
 
 func checkOrgID(orgID string) error {
-	if orgID == "" || len(orgID) > maxOrgIDLen || !utf8.ValidString(orgID) || strings.ContainsRune(orgID, 0) {
+	switch {
+	case orgID == "" || len(orgID) > maxOrgIDLen || !utf8.ValidString(orgID) || strings.ContainsRune(orgID, 0):
 		return &InputError{"organisation", fmt.Sprintf("use 1 to %d bytes of UTF-8 for its id", maxOrgIDLen)}
+	case strings.TrimSpace(orgID) != orgID:
+		return &InputError{"organisation", "its id has blanks around it: leave them out"}
 	}
 	return nil
 }

@@ -35,14 +35,14 @@ func TestCreate(t *testing.T) {
 	s := apikey.NewPostgresKeyStore(pool)
 	tomorrow := time.Now().Add(24 * time.Hour).UTC().Truncate(time.Microsecond)
 	for _, k := range []apikey.NewKey{
-		{}, {Name: "CI", Test: true}, {Name: strings.Repeat("ü", 255), ExpiresAt: tomorrow},
+		{}, {Name: "CI", Environment: apikey.EnvironmentTest}, {Name: strings.Repeat("ü", 255), ExpiresAt: tomorrow},
 	} {
 		info, secret, err := s.Create(t.Context(), "org_1", k)
 		if err != nil {
 			t.Fatal(err)
 		}
 		key := secret.Reveal()
-		prefix := map[bool]string{false: "tpk_live_", true: "tpk_test_"}[k.Test]
+		prefix := map[apikey.Environment]string{"": "tpk_live_", apikey.EnvironmentTest: "tpk_test_"}[k.Environment]
 		if !strings.HasPrefix(key, prefix) || !keyformat.Plausible(key) || len(key) != 58 {
 			t.Errorf("made %q", key)
 		}
@@ -264,6 +264,39 @@ func TestChangesOfKeys(t *testing.T) {
 				t.Errorf("%s, %v, want %s", after.State(now), err, c.want)
 			}
 		})
+	}
+}
+
+// TestRotateKeeps: the new key is what the old one was, unless something else is asked
+// for.
+func TestRotateKeeps(t *testing.T) {
+	s := apikey.NewPostgresKeyStore(testservers.Postgres(t))
+	end, later := time.Now().Add(time.Hour).Truncate(time.Microsecond), time.Now().Add(2*time.Hour).Truncate(time.Microsecond)
+	for name, c := range map[string]struct {
+		change apikey.NewKey
+		prefix string
+		end    time.Time
+	}{
+		"nothing":        {apikey.NewKey{}, "tpk_test_", end},
+		"a name":         {apikey.NewKey{Name: "other"}, "tpk_test_", end},
+		"a later end":    {apikey.NewKey{ExpiresAt: later}, "tpk_test_", later},
+		"no end":         {apikey.NewKey{NeverEnds: true}, "tpk_test_", time.Time{}},
+		"an environment": {apikey.NewKey{Environment: apikey.EnvironmentLive}, "tpk_live_", end},
+	} {
+		old, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{Environment: apikey.EnvironmentTest, ExpiresAt: end})
+		if err != nil {
+			t.Fatal(err)
+		}
+		made, secret, err := s.Rotate(t.Context(), "org_1", old.ID, time.Now(), c.change)
+		if err != nil || !strings.HasPrefix(secret.Reveal(), c.prefix) || !made.ExpiresAt.Equal(c.end) {
+			t.Errorf("%s: %+v, %v, want %s and an end at %v", name, made, err, c.prefix, c.end)
+		}
+	}
+	if _, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{NeverEnds: true, ExpiresAt: end}); err == nil {
+		t.Error("a key that never ends has an end")
+	}
+	if _, _, err := s.Create(t.Context(), "org_1 ", apikey.NewKey{}); err == nil {
+		t.Error("an organisation with a blank after its id has a key")
 	}
 }
 

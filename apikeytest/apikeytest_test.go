@@ -73,7 +73,7 @@ func TestStore(t *testing.T) {
 func TestLife(t *testing.T) {
 	store := apikeytest.NewStore()
 	auth := apikey.New(store, store, nil)
-	id, key := store.Create("org_1", apikey.NewKey{Test: true})
+	id, key := store.Create("org_1", apikey.NewKey{Environment: apikey.EnvironmentTest})
 	for i, c := range []struct {
 		change func()
 		want   error

@@ -6,6 +6,7 @@ package apikeytest
 // The stores in memory.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -104,11 +105,7 @@ func (s *Store) Fail(err error) {
 // a client sends it. Unlike that of PostgreSQL, this store takes expiries that
 // have passed.
 func (s *Store) Create(orgID string, k apikey.NewKey) (id, key string) {
-	env := keyformat.Live
-	if k.Test {
-		env = keyformat.Test
-	}
-	key = keyformat.New(env)
+	key = keyformat.New(keyformat.Environment(cmp.Or(k.Environment, apikey.EnvironmentLive)))
 	return s.Import(orgID, key, k), key
 }
 

@@ -1,16 +1,17 @@
 // Package migrations holds the tables and triggers of apikey as numbered plain
 // SQL, and applies them. Teams with a migration tool of their own copy the files
 // from FS instead.
+//
+// The tables are made in the first schema of the search_path, and found by it.
 package migrations
 
 import (
 	"context"
 	"embed"
-	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // FS holds the migrations, to be applied once each in the order of their names.
@@ -18,9 +19,20 @@ import (
 //go:embed *.sql
 var FS embed.FS
 
-// A DB can begin a transaction: a *pgxpool.Pool, a *pgx.Conn or a pgx.Tx.
+// A DB is where the tables are: a *pgxpool.Pool, a *pgx.Conn or a pgx.Tx.
 type DB interface {
 	Begin(ctx context.Context) (pgx.Tx, error)
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+// Columns are the columns that authentication reads, by table. A change of any of them
+// is announced.
+func Columns() map[string][]string {
+	return map[string][]string{
+		"api_keys":       {"id", "org_id", "key_hash", "active", "expires_at"},
+		"org_plans":      {"org_id", "plan", "status", "ends_at"},
+		"plan_catalogue": {"name", "api_access"},
+	}
 }
 
 // lockID is the advisory lock that two runs at once take in turn.
@@ -29,8 +41,15 @@ const lockID = 0x6170696b6579 // "apikey"
 // Apply brings the database to the newest version, in one transaction: all
 // missing migrations, or none. What is applied is kept in the table
 // apikey_migrations. It is harmless to run again, and safe to run twice at once.
+//
+// It takes the rights of an owner of tables, unless nothing is missing. Run it when you
+// deploy, and not from a service, whose role should only read.
 func Apply(ctx context.Context, db DB) error {
-	err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
+	missing, err := Missing(ctx, db)
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	err = pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, int64(lockID)); err != nil {
 			return err
 		}
@@ -38,13 +57,9 @@ func Apply(ctx context.Context, db DB) error {
 			name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
 			return err
 		}
-		files, err := FS.ReadDir(".")
-		if err != nil {
-			return err
-		}
-		for _, file := range files {
-			if err := applyFile(ctx, tx, file.Name()); err != nil {
-				return fmt.Errorf("%s: %w", file.Name(), err)
+		for _, name := range missing {
+			if err := applyFile(ctx, tx, name); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
 			}
 		}
 		return nil
@@ -65,8 +80,66 @@ func applyFile(ctx context.Context, tx pgx.Tx, name string) error {
 		return err
 	}
 	_, err = tx.Exec(ctx, string(sql))
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42P07" { // duplicate_table
-		err = fmt.Errorf("the tables are there, made by another tool: go on with that one: %w", err)
-	}
 	return err
+}
+
+// Missing returns the names of the migrations that have not been applied to the
+// database, in order; none if it is up to date. It is an error if tables of these names
+// are there which Apply has not made: they are others, or another tool's work. It writes
+// nothing, and takes SELECT on apikey_migrations.
+func Missing(ctx context.Context, db DB) ([]string, error) {
+	files, err := FS.ReadDir(".")
+	if err != nil {
+		return nil, err
+	}
+	var missing []string
+	for _, file := range files {
+		missing = append(missing, file.Name())
+	}
+	known, err := collect[bool](ctx, db, `SELECT to_regclass('apikey_migrations') IS NOT NULL`)
+	if err != nil {
+		return nil, err
+	}
+	if !known[0] {
+		return missing, foreign(ctx, db)
+	}
+	applied, err := collect[string](ctx, db, `SELECT name FROM apikey_migrations`)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(applied, name) }), nil
+}
+
+// foreign returns an error if there are tables with the names of ours where ours would be
+// made.
+func foreign(ctx context.Context, db DB) error {
+	for table, columns := range Columns() {
+		found, err := collect[string](ctx, db, `SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || $1) AND attnum > 0 AND NOT attisdropped`, table)
+		switch {
+		case err != nil:
+			return err
+		case len(found) == 0:
+			continue
+		}
+		for _, column := range columns {
+			if !slices.Contains(found, column) {
+				return fmt.Errorf("apikey: there is a table %s already that is not of these migrations: it has no column %s: "+
+					"make a schema for ours, and put it first in the search_path, such as with ?search_path=apikey,public in the URL", table, column)
+			}
+		}
+		return fmt.Errorf("apikey: the table %s is there, but no apikey_migrations: it was made by another tool: go on with that one", table)
+	}
+	return nil
+}
+
+func collect[T any](ctx context.Context, db DB, sql string, args ...any) ([]T, error) {
+	rows, err := db.Query(ctx, sql, append([]any{pgx.QueryExecModeExec}, args...)...)
+	var values []T
+	if err == nil {
+		values, err = pgx.CollectRows(rows, pgx.RowTo[T])
+	}
+	if err != nil {
+		return nil, fmt.Errorf("apikey: looking for the tables: %w", err)
+	}
+	return values, nil
 }

@@ -50,8 +50,8 @@ func TestApplyAgain(t *testing.T) {
 	var plans, applied int
 	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
 		Scan(&plans, &applied)
-	if err != nil || plans != 1 || applied != 2 {
-		t.Errorf("%d plans, %d migrations, %v; want 1, 2", plans, applied, err)
+	if err != nil || plans != 1 || applied != 3 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 3", plans, applied, err)
 	}
 }
 
@@ -75,7 +75,7 @@ func TestApplyTogether(t *testing.T) {
 // TestApplyAllOrNothing: a migration that fails leaves nothing behind.
 func TestApplyAllOrNothing(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `DROP TABLE api_keys, apikey_migrations`) // org_plans stands in the way
+	exec(t, pool, `DROP TABLE api_keys; DELETE FROM apikey_migrations`) // org_plans stands in the way
 	err := migrations.Apply(t.Context(), pool)
 	if err == nil || !strings.Contains(err.Error(), "0001_init.sql") {
 		t.Errorf("Apply = %v, want an error that names the file", err)
@@ -84,6 +84,50 @@ func TestApplyAllOrNothing(t *testing.T) {
 	if err := pool.QueryRow(t.Context(), `SELECT to_regclass('api_keys')::text`).Scan(&left); err != nil || left != nil {
 		t.Errorf("api_keys is there after a failure: %v, %v", left, err)
 	}
+}
+
+// TestApplyByReader: who may only read finds that nothing is missing, or what is.
+func TestApplyByReader(t *testing.T) {
+	pool := testservers.Postgres(t)
+	exec(t, pool, `CREATE ROLE reader_of_migrations LOGIN PASSWORD 'p'; GRANT SELECT ON apikey_migrations TO reader_of_migrations`)
+	defer exec(t, pool, `DROP OWNED BY reader_of_migrations; DROP ROLE reader_of_migrations`)
+	config := pool.Config()
+	config.ConnConfig.User, config.ConnConfig.Password = "reader_of_migrations", "p"
+	reader, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if err := migrations.Apply(t.Context(), reader); err != nil {
+		t.Errorf("Apply = %v although nothing is missing", err)
+	}
+	exec(t, pool, `DELETE FROM apikey_migrations WHERE name LIKE '0003%'`)
+	if missing, err := migrations.Missing(t.Context(), reader); err != nil || !slices.Equal(missing, []string{"0003_key_environment.sql"}) {
+		t.Errorf("Missing = %q, %v", missing, err)
+	}
+	if err := migrations.Apply(t.Context(), reader); err == nil || !strings.Contains(err.Error(), "permission denied") {
+		t.Errorf("Apply = %v, want permission denied", err)
+	}
+}
+
+// TestForeignTables: a database that has tables of these names already is left alone, and
+// ours can be made in a schema of their own.
+func TestForeignTables(t *testing.T) {
+	url := testservers.EmptyPostgresURL(t)
+	pool := testservers.Pool(t, url)
+	exec(t, pool, `CREATE TABLE api_keys (id bigint, token text)`)
+	for _, apply := range []func() error{
+		func() error { return migrations.Apply(t.Context(), pool) },
+		func() error { _, err := migrations.Missing(t.Context(), pool); return err },
+	} {
+		if err := apply(); err == nil || !strings.Contains(err.Error(), "a table api_keys already that is not of these migrations: it has no column") {
+			t.Errorf("%v", err)
+		}
+	}
+	exec(t, pool, `CREATE SCHEMA apikey`)
+	own := testservers.Pool(t, testservers.Migrated(t, url+"&search_path=apikey,public"))
+	exec(t, own, `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('k'))`)
+	exec(t, pool, `INSERT INTO public.api_keys VALUES (1, 'theirs')`)
 }
 
 // TestConstraints: rows that authentication could not make sense of do not get in.

@@ -80,9 +80,20 @@ func Hint(key string) string {
 	return key[len(liveKeyStart) : len(liveKeyStart)+hintLen]
 }
 
+// EnvironmentOf returns what a key of ours says; "" for a key without our prefix.
+func EnvironmentOf(key string) Environment {
+	switch {
+	case strings.HasPrefix(key, liveKeyStart):
+		return Live
+	case strings.HasPrefix(key, testKeyStart):
+		return Test
+	}
+	return ""
+}
+
 // ours reports whether key carries our prefix.
 func ours(key string) bool {
-	return strings.HasPrefix(key, liveKeyStart) || strings.HasPrefix(key, testKeyStart)
+	return EnvironmentOf(key) != ""
 }
 
 // checksum is the CRC-32/IEEE of s in base62, most significant digit first.

@@ -1,0 +1,6 @@
+-- What a key says that it is for, so that one that takes its place says the same.
+
+-- +goose Up
+ALTER TABLE api_keys ADD COLUMN environment text NOT NULL DEFAULT '' CHECK (environment IN ('', 'live', 'test'));
+
+COMMENT ON COLUMN api_keys.environment IS 'What the key says, live or test. Empty: it was issued elsewhere and says nothing, or before this column was there.';
