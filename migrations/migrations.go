@@ -8,6 +8,7 @@ package migrations
 import (
 	"context"
 	"embed"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -110,24 +111,30 @@ func Missing(ctx context.Context, db DB) ([]string, error) {
 	return slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(applied, name) }), nil
 }
 
+// ErrOtherTool is the error of [Missing] and [Apply] for tables that are ours, but that
+// Apply has not made.
+var ErrOtherTool = errors.New("apikey: the tables are there, but no apikey_migrations: they were made by another tool: go on with that one")
+
 // foreign returns an error if there are tables with the names of ours where ours would be
 // made.
 func foreign(ctx context.Context, db DB) error {
+	ours := false
 	for table, columns := range Columns() {
-		found, err := collect[string](ctx, db, `SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || $1) AND attnum > 0 AND NOT attisdropped`, table)
-		switch {
-		case err != nil:
+		found, err := collect[string](ctx, db, `SELECT attname::text FROM pg_attribute
+			WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || $1) AND attnum > 0 AND NOT attisdropped`, table)
+		if err != nil {
 			return err
-		case len(found) == 0:
-			continue
 		}
+		ours = ours || len(found) > 0
 		for _, column := range columns {
-			if !slices.Contains(found, column) {
+			if len(found) > 0 && !slices.Contains(found, column) {
 				return fmt.Errorf("apikey: there is a table %s already that is not of these migrations: it has no column %s: "+
 					"make a schema for ours, and put it first in the search_path, such as with ?search_path=apikey,public in the URL", table, column)
 			}
 		}
-		return fmt.Errorf("apikey: the table %s is there, but no apikey_migrations: it was made by another tool: go on with that one", table)
+	}
+	if ours {
+		return ErrOtherTool
 	}
 	return nil
 }

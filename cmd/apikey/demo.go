@@ -172,7 +172,7 @@ func printExamples(w io.Writer, port int, examples []example) {
 }
 
 // openDemoRedis connects to redisURL, or to a Redis in this process if there is none.
-func openDemoRedis(ctx context.Context, redisURL string) (*redis.Client, func(), error) {
+func openDemoRedis(ctx context.Context, redisURL string) (redis.UniversalClient, func(), error) {
 	if redisURL != "" {
 		rdb, err := openRedis(ctx, redisURL)
 		return rdb, func() { _ = rdb.Close() }, err

@@ -13,7 +13,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/migrations"
@@ -76,6 +75,9 @@ func examinePostgres(ctx context.Context, pool *pgxpool.Pool) (findings []findin
 		{"triggers", checkTriggers},
 		{"columns", checkColumns},
 		{"announcements", checkAnnouncements},
+		{"notification queue", checkQueue},
+		{"sessions", checkSessions},
+		{"prepared transactions", checkPrepared},
 	} {
 		state, detail, err := c.check(ctx, pool)
 		if err != nil {
@@ -103,41 +105,18 @@ func checkServer(ctx context.Context, pool *pgxpool.Pool) (state, detail string,
 }
 
 func checkSchema(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
-	var tables, ours bool
-	err = pool.QueryRow(ctx, `SELECT to_regclass('api_keys') IS NOT NULL, to_regclass('apikey_migrations') IS NOT NULL`).Scan(&tables, &ours)
+	missing, err := migrations.Missing(ctx, pool)
 	switch {
+	case errors.Is(err, migrations.ErrOtherTool):
+		return stateOK, "the tables are there, made by another tool than 'apikey migrate': their version is for it to tell", nil
+	case err != nil && strings.Contains(err.Error(), "permission denied"):
+		return stateOK, "the version of the tables is not for this role to see: GRANT SELECT ON apikey_migrations", nil
 	case err != nil:
 		return "", "", err
-	case !tables:
-		return stateFault, "there is no table api_keys: run 'apikey migrate', or the migrations by your own tool", nil
-	case !ours:
-		return stateOK, "the tables are there, made by another tool than 'apikey migrate': their version is for it to tell", nil
-	}
-	rows, err := pool.Query(ctx, `SELECT name FROM apikey_migrations`)
-	if err != nil {
-		return "", "", err
-	}
-	applied, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		if strings.Contains(err.Error(), "permission denied") {
-			return stateOK, "the tables are there; their version is not for this role to see", nil
-		}
-		return "", "", err
-	}
-	files, err := migrations.FS.ReadDir(".")
-	if err != nil {
-		return "", "", err
-	}
-	var missing []string
-	for _, file := range files {
-		if !slices.Contains(applied, file.Name()) {
-			missing = append(missing, file.Name())
-		}
-	}
-	if len(missing) > 0 {
+	case len(missing) > 0:
 		return stateFault, fmt.Sprintf("not applied: %s: run 'apikey migrate'", strings.Join(missing, ", ")), nil
 	}
-	return stateOK, fmt.Sprintf("up to date: %s", files[len(files)-1].Name()), nil
+	return stateOK, "up to date", nil
 }
 
 // checkLookups makes the two lookups of the middleware.
@@ -153,22 +132,14 @@ func checkLookups(ctx context.Context, pool *pgxpool.Pool) (state, detail string
 	return stateOK, fmt.Sprintf("key and plan in %v", time.Since(start).Round(10*time.Microsecond)), nil
 }
 
-// readColumns are the columns that authentication reads, by table. The announcing
-// triggers must look at all of them.
-var readColumns = map[string][]string{
-	"api_keys":       {"id", "org_id", "key_hash", "active", "expires_at"},
-	"org_plans":      {"org_id", "plan", "status", "ends_at"},
-	"plan_catalogue": {"api_access"},
-}
-
 // trigger is an announcing trigger as the catalogue has it.
 type trigger struct {
 	Table, Name, Definition string
-	Enabled                 bool
+	Enabled, Always         bool
 }
 
 func triggers(ctx context.Context, pool *pgxpool.Pool) (map[string]trigger, error) {
-	rows, err := pool.Query(ctx, `SELECT tgrelid::regclass::text, tgname::text, pg_get_triggerdef(oid), tgenabled IN ('O', 'A')
+	rows, err := pool.Query(ctx, `SELECT tgrelid::regclass::text, tgname::text, pg_get_triggerdef(oid), tgenabled IN ('O', 'A'), tgenabled = 'A'
 		FROM pg_trigger WHERE tgrelid IN (to_regclass('api_keys'), to_regclass('org_plans'), to_regclass('plan_catalogue')) AND NOT tgisinternal`)
 	if err != nil {
 		return nil, err
@@ -186,9 +157,9 @@ func checkTriggers(ctx context.Context, pool *pgxpool.Pool) (state, detail strin
 	if err != nil {
 		return "", "", err
 	}
-	var wrong []string
+	var wrong, sometimes []string
 	wanted := 0
-	for table := range readColumns {
+	for table := range migrations.Columns() {
 		for _, name := range []string{"apikey_announce_insert_delete", "apikey_announce_update", "apikey_announce_truncate"} {
 			if table == "plan_catalogue" && name != "apikey_announce_update" {
 				continue
@@ -200,12 +171,18 @@ func checkTriggers(ctx context.Context, pool *pgxpool.Pool) (state, detail strin
 				wrong = append(wrong, table+"."+name+" is missing")
 			case !t.Enabled:
 				wrong = append(wrong, table+"."+name+" is disabled")
+			case !t.Always:
+				sometimes = append(sometimes, table+"."+name)
 			}
 		}
 	}
 	if len(wrong) > 0 {
 		slices.Sort(wrong)
 		return stateFault, strings.Join(wrong, ", ") + ": changes are noticed after RefreshAfter only", nil
+	}
+	if len(sometimes) > 0 {
+		slices.Sort(sometimes)
+		return stateWarning, strings.Join(sometimes, ", ") + " do not fire for logical replication: ALTER TABLE ... ENABLE ALWAYS TRIGGER", nil
 	}
 	return stateOK, fmt.Sprintf("%d are enabled", wanted), nil
 }
@@ -216,9 +193,12 @@ func checkColumns(ctx context.Context, pool *pgxpool.Pool) (state, detail string
 		return "", "", err
 	}
 	var silent []string
-	for table, columns := range readColumns {
+	for table, columns := range migrations.Columns() {
 		definition := found[table+".apikey_announce_update"].Definition
 		for _, column := range columns {
+			if table == "plan_catalogue" && column == "name" {
+				continue // a new name is one of org_plans.plan too
+			}
 			if !strings.Contains(definition, "new."+column) {
 				silent = append(silent, table+"."+column)
 			}
@@ -255,6 +235,62 @@ func checkAnnouncements(ctx context.Context, pool *pgxpool.Pool) (state, detail 
 	return stateOK, fmt.Sprintf("a NOTIFY arrives after %v", time.Since(start).Round(10*time.Microsecond)), nil
 }
 
+// checkQueue looks at what listeners have not been sent yet. When the queue is full,
+// every transaction that changes a key or a plan fails.
+func checkQueue(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
+	var full float64
+	if err := pool.QueryRow(ctx, `SELECT pg_notification_queue_usage()`).Scan(&full); err != nil {
+		return "", "", err
+	}
+	detail = fmt.Sprintf("%.1f %% full", 100*full)
+	const advice = ": a session that has run LISTEN, of whatever service, does not end its transaction or does not read: " +
+		"when it is full, keys and plans cannot be changed; end that session (see sessions)"
+	switch {
+	case full > 0.5:
+		return stateFault, detail + advice, nil
+	case full > 0.05:
+		return stateWarning, detail + advice, nil
+	}
+	return stateOK, detail, nil
+}
+
+// checkSessions looks for sessions that hold up the notification queue or VACUUM: those
+// in a transaction, or that do not read, for a long time. Sessions of other roles are
+// only seen by a role that may.
+func checkSessions(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
+	rows, err := pool.Query(ctx, `
+		SELECT format('pid %s (%s, %s)', pid, coalesce(nullif(application_name, ''), 'no application_name'),
+			CASE WHEN wait_event = 'ClientWrite' THEN 'it does not read what it is sent' ELSE state END)
+		FROM pg_stat_activity
+		WHERE datname = current_database() AND pid <> pg_backend_pid() AND (
+			wait_event = 'ClientWrite' AND state_change < now() - interval '30 seconds'
+			OR xact_start < now() - interval '5 minutes' AND state LIKE 'idle in transaction%')
+		ORDER BY pid`)
+	if err != nil {
+		return "", "", err
+	}
+	stuck, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return "", "", err
+	}
+	if len(stuck) > 0 {
+		return stateWarning, "they hold up VACUUM, and the notification queue if they have run LISTEN: " + strings.Join(stuck, ", ") + ": SELECT pg_terminate_backend(pid)", nil
+	}
+	return stateOK, "none holds up VACUUM or the notification queue, as far as this role may see", nil
+}
+
+func checkPrepared(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
+	var most int
+	if err := pool.QueryRow(ctx, `SELECT current_setting('max_prepared_transactions')::int`).Scan(&most); err != nil {
+		return "", "", err
+	}
+	if most > 0 {
+		return stateWarning, "the server allows PREPARE TRANSACTION (two-phase commit), but not for a transaction that changes a key or a plan: " +
+			"that has announced it (0A000). Change these in a transaction of their own", nil
+	}
+	return stateOK, "the server does not allow them", nil
+}
+
 func examineRedis(ctx context.Context, redisURL string) []finding {
 	rdb, err := openRedis(ctx, redisURL)
 	if err != nil {
@@ -262,36 +298,4 @@ func examineRedis(ctx context.Context, redisURL string) []finding {
 	}
 	defer rdb.Close()
 	return []finding{checkRedis(ctx, rdb), checkRedisMemory(ctx, rdb)}
-}
-
-// checkRedis does what a cache does.
-func checkRedis(ctx context.Context, rdb *redis.Client) finding {
-	const name = "apikey:doctor"
-	start := time.Now()
-	err := rdb.Set(ctx, name, "ok", time.Second).Err()
-	if err == nil {
-		err = rdb.Get(ctx, name).Err()
-	}
-	if err != nil {
-		return finding{"Redis", stateFault, err.Error()}
-	}
-	took := time.Since(start).Round(10 * time.Microsecond)
-	if took > 50*time.Millisecond {
-		return finding{"Redis", stateWarning, fmt.Sprintf("SET and GET in %v: more than 50 ms for one is taken for a failure", took)}
-	}
-	return finding{"Redis", stateOK, fmt.Sprintf("SET and GET in %v", took)}
-}
-
-func checkRedisMemory(ctx context.Context, rdb *redis.Client) finding {
-	const check = "Redis memory"
-	settings, err := rdb.ConfigGet(ctx, "maxmemory*").Result()
-	switch {
-	case err != nil:
-		return finding{check, stateWarning, "its settings cannot be read: " + err.Error()}
-	case settings["maxmemory"] == "0":
-		return finding{check, stateOK, "without a limit"}
-	case settings["maxmemory-policy"] == "noeviction":
-		return finding{check, stateWarning, "maxmemory-policy is noeviction: when it is full, nothing new is cached; set allkeys-lru or volatile-ttl"}
-	}
-	return finding{check, stateOK, "maxmemory-policy is " + settings["maxmemory-policy"]}
 }

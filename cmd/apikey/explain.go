@@ -3,13 +3,13 @@ package main
 // explain: the way of a request, with what is on record at each step.
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
@@ -20,12 +20,15 @@ import (
 
 // An explanation is what is known of one key, and what follows.
 type explanation struct {
-	Header  string       `json:"header"` // what the Authorization header is found to be
-	Key     *keyJSON     `json:"key"`
-	Plan    *planJSON    `json:"plan"`
-	Redis   []recordJSON `json:"redis"`
-	Code    string       `json:"code"` // "" is admitted
-	Verdict string       `json:"verdict"`
+	Header string       `json:"header"` // what the Authorization header is found to be
+	Key    *keyJSON     `json:"key"`
+	Plan   *planJSON    `json:"plan"`
+	Redis  []recordJSON `json:"redis"`
+
+	RedisFault string `json:"redisFault,omitempty"` // why Redis could not be looked at
+
+	Code    string `json:"code"` // "" is admitted
+	Verdict string `json:"verdict"`
 
 	hash *apikey.KeyHash // nil: the header holds no key that could be looked up
 }
@@ -42,27 +45,30 @@ func explain(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "explain")
 	f.Usage = func() {
 		fmt.Fprint(a.stderr, "usage: apikey explain [flags] < KEY\n       apikey explain [flags] --id ID\n\n"+
-			"Standard input holds a key, or the value of an Authorization header. To read records in\n"+
+			"Standard input holds a key, or an Authorization header, or its value. To read records in\n"+
 			"Redis it needs the secret of the caches in $APIKEY_CACHE_SECRET.\n\n")
 		f.PrintDefaults()
 	}
 	databaseURL := f.databaseURL("PostgreSQL `URL`")
 	redisURL := f.redisURL("Redis `URL`; empty: Redis is not looked at")
+	namespace := f.String("namespace", "", "CacheOptions.Namespace of the caches")
 	id := f.String("id", "", "the `id` of the key; empty: standard input holds the key")
 	f.jsonOutput()
 	if err := f.parse(args); err != nil {
 		return err
 	}
-	header := ""
+	var header string
 	if *id == "" {
-		line, err := bufio.NewReader(io.LimitReader(a.stdin, 64<<10)).ReadString('\n')
-		if line = strings.TrimRight(line, "\r\n"); line == "" {
-			return fmt.Errorf("standard input holds no key; give one, or --id: %w", err)
+		lines, err := a.readLines(ctx)
+		switch {
+		case err != nil:
+			return err
+		case len(lines) == 0:
+			return errors.New("standard input holds no key: write one to it, or give --id")
+		case len(lines) > 1:
+			return errors.New("standard input holds more than one line: write one key to it")
 		}
-		header = line
-		if !strings.ContainsAny(line, " \t") && !strings.EqualFold(line, "Bearer") {
-			header = "Bearer " + line
-		}
+		header = headerOf(lines[0].text)
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		e, err := explainKey(ctx, pool, header, *id)
@@ -70,13 +76,24 @@ func explain(ctx context.Context, a *app, args []string) error {
 			return err
 		}
 		if *redisURL != "" {
-			err = e.addRedis(ctx, *redisURL)
-		}
-		if err != nil {
-			return err
+			if err := e.addRedis(ctx, *redisURL, *namespace); err != nil {
+				e.RedisFault = err.Error()
+			}
 		}
 		return f.print(e, e.text)
 	})
+}
+
+// headerOf returns the value of the Authorization header that a line stands for: a key,
+// the value itself, or the line of a request.
+func headerOf(line string) string {
+	if name, value, ok := strings.Cut(line, ":"); ok && strings.EqualFold(strings.TrimSpace(name), "Authorization") {
+		return strings.TrimSpace(value)
+	}
+	if strings.ContainsAny(line, " \t") || strings.EqualFold(line, "Bearer") {
+		return line
+	}
+	return "Bearer " + line
 }
 
 // explainKey looks at the facts in PostgreSQL, past all caches. The verdict is that
@@ -88,7 +105,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 	if id != "" {
 		info, h, err := keys.Find(ctx, id)
 		if errors.Is(err, apikey.ErrNotFound) {
-			return nil, errors.New("there is no key with this id; to look for a key itself, write it to standard input")
+			return nil, fmt.Errorf("there is no key with this id; to look for a key itself, write it to standard input%w", errNotThere)
 		}
 		if err != nil {
 			return nil, err
@@ -191,7 +208,7 @@ func (e *explanation) reason() string {
 }
 
 // addRedis adds what Redis holds of the key and the plan, and how it differs.
-func (e *explanation) addRedis(ctx context.Context, redisURL string) error {
+func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) error {
 	secret := os.Getenv("APIKEY_CACHE_SECRET")
 	if len(secret) < 32 {
 		return errors.New("to read records in Redis, set APIKEY_CACHE_SECRET to the secret of the caches; or leave --redis-url and REDIS_URL empty")
@@ -201,7 +218,10 @@ func (e *explanation) addRedis(ctx context.Context, redisURL string) error {
 		return err
 	}
 	defer rdb.Close()
-	cache := apikey.NewCache(rdb, []byte(secret), nil)
+	if !regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`).MatchString(namespace) {
+		return fmt.Errorf("--namespace %q: use up to 64 of the characters A-Z a-z 0-9 - _ .", namespace)
+	}
+	cache := apikey.NewCache(rdb, []byte(secret), &apikey.CacheOptions{Namespace: namespace, RedisTimeout: connectTimeout})
 	var withKey apikey.CachedRecord[apikey.Plan] // the plan in the record of the key
 	if e.hash != nil {
 		r, err := cache.InspectKey(ctx, *e.hash)
@@ -265,6 +285,9 @@ func (e *explanation) text(w io.Writer) {
 		if r.ReadAt != nil {
 			row(w, "", fmt.Sprintf("%v old, snapshot %s", time.Since(*r.ReadAt).Round(time.Millisecond), r.Snapshot))
 		}
+	}
+	if e.RedisFault != "" {
+		row(w, "Redis", e.RedisFault)
 	}
 	if e.Code == "" {
 		row(w, "verdict", "admitted")

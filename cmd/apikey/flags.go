@@ -9,15 +9,15 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/redis/go-redis/v9"
-	"github.com/redis/go-redis/v9/logging"
 )
 
 const connectTimeout = 5 * time.Second
@@ -27,11 +27,12 @@ type flagSet struct {
 	*flag.FlagSet
 	app      *app
 	required []string
+	fromEnv  map[string]string // the environment variable that a flag defaults to
 	json     *bool
 }
 
 func newFlags(a *app, command string) *flagSet {
-	f := &flagSet{FlagSet: flag.NewFlagSet(command, flag.ContinueOnError), app: a}
+	f := &flagSet{FlagSet: flag.NewFlagSet(command, flag.ContinueOnError), app: a, fromEnv: map[string]string{}}
 	f.SetOutput(a.stderr)
 	return f
 }
@@ -42,16 +43,23 @@ func (f *flagSet) must(name, usage string) *string {
 	return f.String(name, "", usage+" (required)")
 }
 
+// env is a string flag whose default is in the environment. That is not the flag's
+// default for package flag, which would print it: it may hold a password.
+func (f *flagSet) env(name, variable, usage string) *string {
+	f.fromEnv[name] = variable
+	return f.String(name, "", usage+" (default $"+variable+")")
+}
+
 func (f *flagSet) databaseURL(usage string) *string {
-	return f.String("database-url", os.Getenv("DATABASE_URL"), usage+" (default $DATABASE_URL)")
+	return f.env("database-url", "DATABASE_URL", usage)
 }
 
 func (f *flagSet) redisURL(usage string) *string {
-	return f.String("redis-url", os.Getenv("REDIS_URL"), usage+" (default $REDIS_URL)")
+	return f.env("redis-url", "REDIS_URL", usage)
 }
 
 func (f *flagSet) jsonOutput() {
-	f.json = f.Bool("json", false, "print JSON for programs, not text for people")
+	f.json = f.Bool("json", false, "print JSON for programs, not text for people; errors, too")
 }
 
 // parse parses a command's arguments, of which none may be left over.
@@ -61,8 +69,16 @@ func (f *flagSet) parse(args []string) error {
 	} else if err != nil {
 		return errUsage
 	}
+	f.app.json = f.json != nil && *f.json
 	if f.NArg() > 0 {
-		return f.misused("unexpected argument %q", f.Arg(0))
+		return f.misused("unexpected argument after the flags: keys are read from standard input") // not which: it may be a key
+	}
+	for name, variable := range f.fromEnv {
+		if !f.given(name) {
+			if err := f.Lookup(name).Value.Set(os.Getenv(variable)); err != nil {
+				return err
+			}
+		}
 	}
 	for _, name := range f.required {
 		if f.Lookup(name).Value.String() == "" {
@@ -74,32 +90,57 @@ func (f *flagSet) parse(args []string) error {
 
 // misused says what is wrong with the arguments.
 func (f *flagSet) misused(format string, args ...any) error {
-	fmt.Fprintf(f.app.stderr, "apikey %s: %s\n", f.Name(), fmt.Sprintf(format, args...))
-	f.Usage()
+	fmt.Fprintf(f.app.stderr, "apikey %s: %s\n'apikey %s -h' lists the flags\n", f.Name(), fmt.Sprintf(format, args...), f.Name())
 	return errUsage
 }
 
-// given reports whether a flag was set.
+// given reports whether a flag was set on the command line.
 func (f *flagSet) given(name string) (given bool) {
 	f.Visit(func(g *flag.Flag) { given = given || g.Name == name })
 	return given
 }
 
-// instant reads the value of a flag that is a time: RFC 3339, a duration from now
-// such as 720h, or never.
+// never is what flags say for no end.
+const never = "never"
+
+// instant reads the value of a flag that is a time: RFC 3339, a time from now such as
+// 720h or 30d, or never, which is the zero time.
 func (f *flagSet) instant(name string) (time.Time, error) {
 	text := f.Lookup(name).Value.String()
-	if text == "" || text == "never" {
+	if text == never {
 		return time.Time{}, nil
 	}
-	if d, err := time.ParseDuration(text); err == nil {
+	if d, err := parseDuration(text); err == nil {
 		return time.Now().Add(d), nil
 	}
 	at, err := time.Parse(time.RFC3339, text)
 	if err != nil {
-		return time.Time{}, f.misused("--%s %q: use a time such as 2027-01-31T00:00:00Z, a duration from now such as 720h, or never", name, text)
+		return time.Time{}, f.misused("--%s %q: use a time such as 2027-01-31T00:00:00Z, a time from now such as 720h or 30d, or never", name, text)
 	}
 	return at, nil
+}
+
+// parseDuration is time.ParseDuration, and takes days and weeks, too, as whole numbers.
+func parseDuration(text string) (time.Duration, error) {
+	for unit, d := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
+		if n, ok := strings.CutSuffix(text, unit); ok {
+			if count, err := strconv.Atoi(n); err == nil {
+				return time.Duration(count) * d, nil
+			}
+		}
+	}
+	return time.ParseDuration(text)
+}
+
+// duration is a flag that is a duration; see parseDuration.
+func (f *flagSet) duration(name string, value time.Duration, usage string) *time.Duration {
+	f.Func(name, usage, func(text string) (err error) {
+		if value, err = parseDuration(text); err != nil {
+			return errors.New("use a duration such as 90m, 24h or 7d")
+		}
+		return nil
+	})
+	return &value
 }
 
 // openPostgres connects to databaseURL.
@@ -109,9 +150,11 @@ func openPostgres(ctx context.Context, databaseURL string) (*pgxpool.Pool, error
 	}
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
-		return nil, fmt.Errorf("the PostgreSQL URL is not one: %w", err)
+		// What is wrong is not told, since it may quote the password.
+		return nil, errors.New("the PostgreSQL URL cannot be parsed: use postgres://user:password@host:5432/database, and write %40 for @, %2F for / and %25 for % in the password")
 	}
 	config.ConnConfig.ConnectTimeout = connectTimeout
+	config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec // which poolers bear
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, err
@@ -123,27 +166,6 @@ func openPostgres(ctx context.Context, databaseURL string) (*pgxpool.Pool, error
 	return pool, nil
 }
 
-// openRedis connects to redisURL.
-func openRedis(ctx context.Context, redisURL string) (*redis.Client, error) {
-	opts, err := redis.ParseURL(redisURL)
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err // without the URL, which has the password in it
-	}
-	if err != nil {
-		return nil, fmt.Errorf("the Redis URL is not one: %w", err)
-	}
-	logging.Disable() // what matters comes back as an error
-	opts.ContextTimeoutEnabled = true
-	rdb := redis.NewClient(opts)
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	if err := rdb.Ping(ctx).Err(); err != nil {
-		_ = rdb.Close()
-		return nil, fmt.Errorf("no answer from Redis: %w", err)
-	}
-	return rdb, nil
-}
-
 // withPostgres runs a command on the database that its flags name.
 func withPostgres(ctx context.Context, databaseURL string, do func(*pgxpool.Pool) error) error {
 	pool, err := openPostgres(ctx, databaseURL)
@@ -152,6 +174,29 @@ func withPostgres(ctx context.Context, databaseURL string, do func(*pgxpool.Pool
 	}
 	defer pool.Close()
 	return do(pool)
+}
+
+// advice says what to do about an error of PostgreSQL; "" if there is nothing to say.
+func advice(err error) string {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	if !ok {
+		return ""
+	}
+	switch e.Code {
+	case "42P01": // undefined_table
+		return "the tables are missing, or not in the search_path: run 'apikey migrate'"
+	case "42703", "42883": // undefined_column, undefined_function
+		return "the tables are older than this program: run 'apikey migrate'"
+	case "42501": // insufficient_privilege
+		return "this role may not do that: see the roles in the README"
+	case "3D000": // invalid_catalog_name
+		return "create the database, or name another one in the URL"
+	case "28P01", "28000": // invalid_password, invalid_authorization_specification
+		return "look at the user, the password and sslmode in the URL, and at pg_hba.conf"
+	case "08P01": // protocol_violation
+		return "is a pooler in between that does not know the database or a parameter of the URL?"
+	}
+	return ""
 }
 
 // print prints value as JSON, or text as it is.
@@ -173,10 +218,53 @@ func row(w io.Writer, cells ...any) {
 		if at, ok := cell.(time.Time); ok {
 			cell = at.Format(time.RFC3339)
 			if at.IsZero() {
-				cell = "never"
+				cell = never
 			}
 		}
 		texts[i] = fmt.Sprint(cell)
 	}
 	fmt.Fprintln(w, strings.Join(texts, "\t"))
+}
+
+// readLines returns the lines of standard input, without blanks around them, and
+// without those that are empty. It gives up when ctx ends.
+func (a *app) readLines(ctx context.Context) ([]line, error) {
+	type answer struct {
+		text []byte
+		err  error
+	}
+	read := make(chan answer, 1)
+	go func() {
+		text, err := io.ReadAll(io.LimitReader(a.stdin, maxInput+1))
+		read <- answer{text, err}
+	}()
+	var input answer
+	select {
+	case input = <-read:
+	case <-ctx.Done():
+		return nil, errors.New("interrupted while reading standard input: nothing was done")
+	}
+	switch {
+	case input.err != nil:
+		return nil, fmt.Errorf("reading standard input: %w", input.err)
+	case len(input.text) > maxInput:
+		return nil, fmt.Errorf("standard input has more than %d MiB: split it", maxInput>>20)
+	}
+	var lines []line
+	n := 0
+	for text := range strings.Lines(strings.TrimPrefix(string(input.text), "\ufeff")) { // a byte order mark
+		n++
+		if text = strings.TrimSpace(text); text != "" {
+			lines = append(lines, line{n, text})
+		}
+	}
+	return lines, nil
+}
+
+const maxInput = 64 << 20
+
+// A line is one of standard input, with its number.
+type line struct {
+	n    int
+	text string
 }

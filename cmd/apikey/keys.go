@@ -3,13 +3,11 @@ package main
 // migrate, keys and plan: what the stores do, on the command line.
 
 import (
-	"bufio"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -37,20 +35,21 @@ func migrate(ctx context.Context, a *app, args []string) error {
 // keyJSON is a key for programs. Key is the key itself, and only ever that of one
 // that was just made.
 type keyJSON struct {
-	ID         string     `json:"id"`
-	OrgID      string     `json:"orgId"`
-	Name       string     `json:"name"`
-	Hint       string     `json:"hint"`
-	State      string     `json:"state"`
-	CreatedAt  time.Time  `json:"createdAt"`
-	ExpiresAt  *time.Time `json:"expiresAt"`
-	LastUsedAt *time.Time `json:"lastUsedAt"`
-	Key        string     `json:"key,omitempty"`
+	ID          string     `json:"id"`
+	OrgID       string     `json:"orgId"`
+	Name        string     `json:"name"`
+	Hint        string     `json:"hint"`
+	State       string     `json:"state"`
+	CreatedAt   time.Time  `json:"createdAt"`
+	ExpiresAt   *time.Time `json:"expiresAt"`
+	LastUsedAt  *time.Time `json:"lastUsedAt"`
+	Environment string     `json:"environment"`
+	Key         string     `json:"key,omitempty"`
 }
 
 func toJSON(k apikey.KeyInfo, secret apikey.Secret) keyJSON {
 	return keyJSON{
-		k.ID, k.OrgID, k.Name, k.Hint, k.State(time.Now()), k.CreatedAt, orNull(k.ExpiresAt), orNull(k.LastUsedAt), secret.Reveal(),
+		k.ID, k.OrgID, k.Name, k.Hint, k.State(time.Now()), k.CreatedAt, orNull(k.ExpiresAt), orNull(k.LastUsedAt), string(k.Environment), secret.Reveal(),
 	}
 }
 
@@ -60,9 +59,9 @@ type keyMaker struct {
 	databaseURL, org, name *string
 }
 
-func newKeyMaker(a *app, command string) keyMaker {
+func newKeyMaker(a *app, command, expires string) keyMaker {
 	f := newFlags(a, command)
-	f.String("expires", "never", "`when` the key ends: a time, a duration from now, or never")
+	f.String("expires", "", "`when` the key ends: a time, a time from now such as 720h or 30d, or never (default "+expires+")")
 	f.jsonOutput()
 	return keyMaker{f, f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation"), f.String("name", "", "a `name` for people")}
 }
@@ -71,8 +70,38 @@ func (m keyMaker) parseKey(args []string) (apikey.NewKey, error) {
 	if err := m.parse(args); err != nil {
 		return apikey.NewKey{}, err
 	}
-	at, err := m.instant("expires")
-	return apikey.NewKey{Name: *m.name, ExpiresAt: at}, err
+	k := apikey.NewKey{Name: *m.name}
+	if m.given("expires") {
+		at, err := m.instant("expires")
+		if err != nil {
+			return k, err
+		}
+		k.ExpiresAt, k.NeverEnds = at, at.IsZero()
+	}
+	return k, nil
+}
+
+// show makes a key and prints it before that takes effect, so that no key is made, and
+// none ended, that nobody has seen.
+func (m keyMaker) show(ctx context.Context, makeKey func(*apikey.PostgresKeyStore) (apikey.KeyInfo, apikey.Secret, error)) error {
+	return withPostgres(ctx, *m.databaseURL, func(pool *pgxpool.Pool) error {
+		shown := false
+		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+			info, secret, err := makeKey(apikey.NewPostgresKeyStore(tx))
+			if err != nil {
+				return err
+			}
+			if err := m.printNew(info, secret); err != nil {
+				return fmt.Errorf("the new key could not be printed, and nothing was changed: %w", err)
+			}
+			shown = true
+			return nil
+		})
+		if err != nil && shown {
+			return fmt.Errorf("the key that was shown may not be valid: look with 'apikey keys list': %w", err)
+		}
+		return err
+	})
 }
 
 // printNew prints a key that was just made, with its secret.
@@ -86,19 +115,17 @@ func (f *flagSet) printNew(info apikey.KeyInfo, secret apikey.Secret) error {
 }
 
 func keysCreate(ctx context.Context, a *app, args []string) error {
-	f := newKeyMaker(a, "keys create")
+	f := newKeyMaker(a, "keys create", never)
 	test := f.Bool("test", false, "make it say test, not live")
 	k, err := f.parseKey(args)
 	if err != nil {
 		return err
 	}
-	k.Test = *test
-	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
-		info, secret, err := apikey.NewPostgresKeyStore(pool).Create(ctx, *f.org, k)
-		if err != nil {
-			return err
-		}
-		return f.printNew(info, secret)
+	if *test {
+		k.Environment = apikey.EnvironmentTest
+	}
+	return f.show(ctx, func(store *apikey.PostgresKeyStore) (apikey.KeyInfo, apikey.Secret, error) {
+		return store.Create(ctx, *f.org, k)
 	})
 }
 
@@ -171,58 +198,55 @@ func changeKey(
 
 // noSuchKey does not repeat the id, since it may be a key that was given for one.
 func noSuchKey(org string) error {
-	return fmt.Errorf("organisation %q has no key with this id: 'apikey keys list' shows those it has", org)
+	return fmt.Errorf("organisation %q has no key with this id: 'apikey keys list' shows those it has%w", org, errNotThere)
 }
 
 func keysRotate(ctx context.Context, a *app, args []string) error {
-	f := newKeyMaker(a, "keys rotate")
+	f := newKeyMaker(a, "keys rotate", "as the old key")
 	id := f.must("id", "the `id` of the key to replace, not the key itself")
-	overlap := f.Duration("overlap", 24*time.Hour, "`how long` the old key lives on")
+	overlap := f.duration("overlap", 24*time.Hour, "`how long` the old key lives on, such as 90m or 7d (default 24h)")
 	k, err := f.parseKey(args)
 	if err != nil {
 		return err
 	}
-	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
-		info, secret, err := apikey.NewPostgresKeyStore(pool).Rotate(ctx, *f.org, *id, time.Now().Add(*overlap), k)
+	if *overlap < 0 {
+		return f.misused("--overlap is negative: use 0s to end the old key at once")
+	}
+	return f.show(ctx, func(store *apikey.PostgresKeyStore) (apikey.KeyInfo, apikey.Secret, error) {
+		info, secret, err := store.Rotate(ctx, *f.org, *id, time.Now().Add(*overlap), k)
 		if errors.Is(err, apikey.ErrNotFound) {
-			return noSuchKey(*f.org)
+			err = noSuchKey(*f.org)
 		}
-		if err != nil {
-			return err
-		}
-		return f.printNew(info, secret)
+		return info, secret, err
 	})
 }
 
 // keysImport imports all of its input, or nothing.
 func keysImport(ctx context.Context, a *app, args []string) error {
-	f := newKeyMaker(a, "keys import")
-	hashed := f.Bool("sha256", false, "the input is the SHA-256 of keys, in hex")
+	f := newKeyMaker(a, "keys import", never)
+	hashed := f.Bool("sha256", false, "the input is the SHA-256 of keys, in hex: of keys that are no token68 of 16 to 512 bytes, or begin with "+
+		"tpk_live_ or tpk_test_ and were not made here, it cannot be told that they will be refused")
 	k, err := f.parseKey(args)
 	if err != nil {
 		return err
 	}
-	lines := bufio.NewScanner(a.stdin)
+	lines, err := a.readLines(ctx) // before there is a transaction that waits for it
+	if err != nil {
+		return err
+	}
+	if len(lines) == 0 {
+		return errors.New("standard input is empty: write one key to a line")
+	}
 	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
 		imported := []keyJSON{}
 		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
 			store := apikey.NewPostgresKeyStore(tx)
-			for n := 1; lines.Scan(); n++ {
-				line := strings.TrimSpace(lines.Text())
-				if line == "" {
-					continue
-				}
-				info, err := importLine(ctx, store, *f.org, line, *hashed, k)
+			for _, line := range lines {
+				info, err := importLine(ctx, store, *f.org, line.text, *hashed, k)
 				if err != nil {
-					return fmt.Errorf("line %d, and nothing was imported: %w", n, err) // without the line: it is a key
+					return fmt.Errorf("line %d, and nothing was imported: %w", line.n, err) // without the line: it is a key
 				}
 				imported = append(imported, toJSON(info, apikey.Secret{}))
-			}
-			if err := lines.Err(); err != nil {
-				return fmt.Errorf("reading standard input: %w", err)
-			}
-			if len(imported) == 0 {
-				return errors.New("standard input is empty: write one key to a line")
 			}
 			return nil
 		})
@@ -252,9 +276,12 @@ func importLine(ctx context.Context, store *apikey.PostgresKeyStore, org, line s
 func planDefine(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "plan define")
 	databaseURL, tier := f.databaseURL("PostgreSQL `URL`"), f.must("tier", "the `name` of the tier")
-	api := f.Bool("api", false, "it includes the API")
+	api := f.Bool("api", false, "whether it includes the API, for all organisations on it: --api or --api=false (required)")
 	if err := f.parse(args); err != nil {
 		return err
+	}
+	if !f.given("api") {
+		return f.misused("say --api if the tier includes the API, or --api=false if it does not: that holds for all organisations on it")
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		return apikey.NewPostgresPlanStore(pool).DefineTier(ctx, *tier, *api)
@@ -268,16 +295,24 @@ func planSet(ctx context.Context, a *app, args []string) error {
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
 	tier := f.String("tier", "", "the `name` of the tier")
 	status := f.String("status", "", "active, pending, past_due, payment_failed, cancelled or expired (default of a new subscription: active)")
-	f.String("ends", "", "`when` the plan ends: a time, a duration from now, or never")
+	f.String("ends", "", "`when` the plan ends: a time, a time from now such as 720h or 30d, or never (default of a new subscription: never)")
 	if err := f.parse(args); err != nil {
 		return err
 	}
 	if !f.given("tier") && !f.given("status") && !f.given("ends") {
 		return f.misused("nothing to set: give --tier, --status or --ends")
 	}
-	ends, err := f.instant("ends")
-	if err != nil {
-		return err
+	var ends time.Time
+	if f.given("ends") {
+		var err error
+		if ends, err = f.instant("ends"); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{"tier", "status"} {
+		if f.given(name) && f.Lookup(name).Value.String() == "" {
+			return f.misused("--%s is empty", name)
+		}
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
@@ -285,7 +320,7 @@ func planSet(ctx context.Context, a *app, args []string) error {
 			p, err := store.Plan(ctx, *org)
 			switch {
 			case errors.Is(err, apikey.ErrNotFound) && *tier == "":
-				return fmt.Errorf("organisation %q has no subscription: give --tier to make one", *org)
+				return fmt.Errorf("organisation %q has no subscription: give --tier to make one%w", *org, errNotThere)
 			case errors.Is(err, apikey.ErrNotFound):
 				p.Status = apikey.PlanActive
 			case err != nil:
@@ -329,7 +364,7 @@ func planShow(ctx context.Context, a *app, args []string) error {
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		p, err := apikey.NewPostgresPlanStore(pool).Plan(ctx, *org)
 		if errors.Is(err, apikey.ErrNotFound) {
-			return fmt.Errorf("organisation %q has no subscription", *org)
+			return fmt.Errorf("organisation %q has no subscription%w", *org, errNotThere)
 		}
 		if err != nil {
 			return err
