@@ -594,6 +594,20 @@ func TestExecModes(t *testing.T) {
 	}
 }
 
+// TestIdleSessions: a server that ends idle sessions leaves the listening one alone.
+func TestIdleSessions(t *testing.T) {
+	server := testservers.StartPostgres(t, "-c", "idle_session_timeout=200ms")
+	pool := testservers.Pool(t, testservers.Migrated(t, server.URL))
+	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: 5 * time.Second})
+	watch(t, cache, pool)
+	waitFor(t, func() bool { return cache.Stats().FeedLive })
+	for start := time.Now(); time.Since(start) < 2*time.Second; time.Sleep(time.Millisecond) {
+		if s := cache.Stats(); !s.FeedLive || s.FeedErr != nil {
+			t.Fatalf("after %v the feed is lost: %v", time.Since(start), s.FeedErr)
+		}
+	}
+}
+
 // TestConnectionLimit: the server gives the role fewer connections than the pool may
 // have: lookups wait for those that there are.
 func TestConnectionLimit(t *testing.T) {

@@ -42,8 +42,12 @@ const (
 	readSQL = `SELECT pg_catalog.pg_current_snapshot()::text`
 	beatSQL = readSQL + `; SELECT pg_catalog.pg_notify('` + Channel + `', '` + kindBeat + ` ' || pg_catalog.pg_current_xact_id()::text)`
 
-	// The session reads more often than any idle_session_timeout that makes sense.
-	quietSQL = `SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'`
+	// The session is idle for good. When this replica is suspended, or the network is gone,
+	// the server is to notice soon: a session that is not read from holds up the
+	// notification queue and VACUUM.
+	settingsSQL = `SELECT pg_catalog.set_config(name, value, false) FROM pg_catalog.pg_settings JOIN (VALUES
+		('idle_session_timeout', '0'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
+		('tcp_user_timeout', '30000')) AS s (name, value) USING (name)`
 )
 
 // ServerSQL is an expression for the [snapshot.Server] that runs it, as a bigint: the
@@ -130,7 +134,7 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	if err := conn.QueryRow(ctx, historySQL, simple).Scan(&history); err != nil {
 		history = strconv.FormatInt(int64(server), 10) // not for this role to see: then each run is a history
 	}
-	for _, sql := range []string{quietSQL, "LISTEN " + Channel} {
+	for _, sql := range []string{settingsSQL, "LISTEN " + Channel} {
 		if _, err := conn.Exec(ctx, sql, simple); err != nil {
 			return nil, fmt.Errorf("LISTEN: %w", err)
 		}
