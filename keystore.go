@@ -415,16 +415,20 @@ func (k KeyInfo) key() Key {
 	return Key{ID: k.ID, OrgID: k.OrgID, Active: k.Active, ExpiresAt: k.ExpiresAt}
 }
 
-const infoColumns = `id::text, org_id, name, hint, active, created_at, expires_at, last_used_at, environment`
+const (
+	infoColumns = `k.id::text, k.org_id, k.name, k.hint, k.active, k.created_at, k.expires_at, k.environment, u.last_used_at`
+	infoTables  = `api_keys k LEFT JOIN api_key_uses u ON u.key_id = k.id`
+	newColumns  = `k.id::text, k.org_id, k.name, k.hint, k.active, k.created_at, k.expires_at, k.environment, NULL::timestamptz` // never used
+)
 
-// scanInfo reads infoColumns, which may all be NULL.
+// scanInfo reads infoColumns or newColumns, which may all be NULL.
 func scanInfo(row pgx.Row, before ...any) (KeyInfo, error) {
 	var (
 		id, orgID, name, hint, env       *string
 		active                           *bool
 		createdAt, expiresAt, lastUsedAt *time.Time
 	)
-	err := row.Scan(append(before, &id, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &lastUsedAt, &env)...)
+	err := row.Scan(append(before, &id, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &env, &lastUsedAt)...)
 	if err != nil || id == nil {
 		return KeyInfo{}, err
 	}
@@ -492,7 +496,7 @@ func (s *PostgresKeyStore) insert(ctx context.Context, orgID string, k NewKey, h
 			SELECT $1, $2, $3, $4, $5, $7 FROM had WHERE n < $6
 			ON CONFLICT (key_hash) DO NOTHING RETURNING *
 		)
-		SELECT had.n, `+infoColumns+` FROM had LEFT JOIN made ON true`,
+		SELECT had.n, `+newColumns+` FROM had LEFT JOIN made k ON true`,
 		orgID, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg, string(k.Environment)), &count)
 	switch {
 	case err != nil:
@@ -529,8 +533,8 @@ func (s *PostgresKeyStore) List(ctx context.Context, orgID string, page Page) (k
 		}
 		createdAt = pgtype.Timestamptz{Time: time.UnixMicro(micros), Valid: true}
 	}
-	rows, err := s.db.Query(ctx, `SELECT `+infoColumns+` FROM api_keys
-		WHERE org_id = $1 AND (created_at, id) > ($2, $3) ORDER BY created_at, id LIMIT $4`, orgID, createdAt, id, page.Limit+1)
+	rows, err := s.db.Query(ctx, `SELECT `+infoColumns+` FROM `+infoTables+`
+		WHERE k.org_id = $1 AND (k.created_at, k.id) > ($2, $3) ORDER BY k.created_at, k.id LIMIT $4`, orgID, createdAt, id, page.Limit+1)
 	if err == nil {
 		keys, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (KeyInfo, error) { return scanInfo(row) })
 	}
@@ -621,8 +625,8 @@ func (s *PostgresKeyStore) Rotate(ctx context.Context, orgID, keyID string, unti
 			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at, environment)
 			SELECT $1, coalesce(nullif($4, ''), name), $5, $6, CASE WHEN $10 THEN NULL ELSE coalesce($7::timestamptz, expires_at) END, $9 FROM old RETURNING *
 		)
-		SELECT had.id IS NOT NULL, coalesce(alive, false), made.`+strings.ReplaceAll(infoColumns, ", ", ", made.")+`
-		FROM (VALUES (1)) AS one LEFT JOIN had ON true LEFT JOIN made ON true`,
+		SELECT had.id IS NOT NULL, coalesce(alive, false), `+newColumns+`
+		FROM (VALUES (1)) AS one LEFT JOIN had ON true LEFT JOIN made k ON true`,
 		orgID, keyID, until, k.Name, hint, h[:], nullTime(k.ExpiresAt), MaxKeysPerOrg, string(env), k.NeverEnds), &known, &alive)
 	switch {
 	case err != nil:
@@ -655,7 +659,7 @@ func (s *PostgresKeyStore) FindHash(ctx context.Context, h KeyHash) (KeyInfo, Ke
 
 func (s *PostgresKeyStore) find(ctx context.Context, column string, value any) (KeyInfo, KeyHash, error) {
 	var h []byte
-	info, err := scanInfo(s.db.QueryRow(ctx, `SELECT key_hash, `+infoColumns+` FROM api_keys WHERE `+column+` = $1`, value), &h)
+	info, err := scanInfo(s.db.QueryRow(ctx, `SELECT k.key_hash, `+infoColumns+` FROM `+infoTables+` WHERE k.`+column+` = $1`, value), &h)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return KeyInfo{}, KeyHash{}, ErrNotFound
@@ -665,20 +669,21 @@ func (s *PostgresKeyStore) find(ctx context.Context, column string, value any) (
 	return info, KeyHash(h), nil
 }
 
-// LastUsed records when keys were last used, in the column last_used_at: in
-// batches, off the request path, to the minute or so. Give it to a [Middleware] by
-// Options.LastUsed, and run it. It is safe for concurrent use.
+// LastUsed records when keys were last used, in the table api_key_uses: in batches, off
+// the request path, to the interval or so. Give it to a [Middleware] by Options.LastUsed,
+// and run it. It is safe for concurrent use.
 //
-// Beside what reading keys takes, its role needs SELECT and UPDATE on
-// api_keys.last_used_at. The triggers announce nothing.
+// Beside what reading keys takes, its role needs SELECT, INSERT and UPDATE on
+// api_key_uses.
 type LastUsed struct {
-	db   oneTrip
-	uses *lastused.Uses
+	db       oneTrip
+	interval time.Duration
+	uses     *lastused.Uses
 }
 
-// NewLastUsed returns a LastUsed that writes to db once in every interval, and
-// records a key at most that often; 0 is a minute. It panics if db is nil or the
-// interval negative.
+// NewLastUsed returns a LastUsed that writes to db once in every interval, and records a
+// key at most that often, whichever replica it was used on; 0 is a minute. It panics if
+// db is nil or the interval negative.
 func NewLastUsed(db DB, interval time.Duration) *LastUsed {
 	if isNil(db) {
 		panic("apikey: NewLastUsed: db is nil: pass a *pgxpool.Pool")
@@ -686,22 +691,20 @@ func NewLastUsed(db DB, interval time.Duration) *LastUsed {
 	if interval < 0 {
 		panic(fmt.Sprintf("apikey: NewLastUsed: the interval is %v: use 0 for a minute, or more", interval))
 	}
-	if interval == 0 {
-		interval = time.Minute
-	}
-	return &LastUsed{oneTrip{db}, lastused.New(interval)}
+	interval = cmp.Or(interval, time.Minute)
+	return &LastUsed{oneTrip{db}, interval, lastused.New(interval)}
 }
 
-// Run writes until ctx ends, and then once more; it returns the error of that last
-// write. Uses that cannot be written are kept for the next time, as far as there
-// is room for them: see [LastUsed.Dropped].
+// Run writes until ctx ends, and then once more, for up to 5 s; it returns the error of
+// that last write. Wait for it before the program ends. Uses that cannot be written are
+// kept for the next time, as far as there is room for them: see [LastUsed.Dropped].
 func (u *LastUsed) Run(ctx context.Context) error { return u.uses.Run(ctx, u.write) }
 
-// Dropped returns how many uses were not recorded, because too many keys were used
-// at once or the database was away for too long.
+// Dropped returns how many uses were not recorded, because more than 65,536 keys waited.
 func (u *LastUsed) Dropped() uint64 { return u.uses.Dropped() }
 
-// write writes what other replicas are not writing at this moment.
+// write writes what no replica has written within the interval. All write in the order
+// of ids, so that they do not wait for each other in a circle.
 func (u *LastUsed) write(ctx context.Context, ids []string, times []time.Time) error {
 	var uuids []string // keys of other stores have other ids
 	var at []time.Time
@@ -711,10 +714,13 @@ func (u *LastUsed) write(ctx context.Context, ids []string, times []time.Time) e
 		}
 	}
 	_, err := u.db.Exec(ctx, `
-		WITH used AS (SELECT * FROM unnest($1::uuid[], $2::timestamptz[]) AS u (id, at)),
-		free AS (SELECT id FROM api_keys JOIN used USING (id) FOR NO KEY UPDATE OF api_keys SKIP LOCKED)
-		UPDATE api_keys k SET last_used_at = used.at FROM used JOIN free USING (id)
-		WHERE k.id = used.id AND (k.last_used_at IS NULL OR k.last_used_at < used.at)`, uuids, at)
+		INSERT INTO api_key_uses AS u (key_id, last_used_at)
+		SELECT k.id, used.at FROM unnest($1::uuid[], $2::timestamptz[]) AS used (id, at)
+		JOIN api_keys k USING (id) LEFT JOIN api_key_uses had ON had.key_id = k.id
+		WHERE had.last_used_at IS NULL OR had.last_used_at <= used.at - make_interval(secs => $3)
+		ORDER BY k.id
+		ON CONFLICT (key_id) DO UPDATE SET last_used_at = excluded.last_used_at
+		WHERE u.last_used_at <= excluded.last_used_at - make_interval(secs => $3)`, uuids, at, u.interval.Seconds())
 	if err != nil {
 		return fmt.Errorf("apikey: recording the last use of %d keys: %w", len(uuids), err)
 	}

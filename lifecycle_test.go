@@ -529,3 +529,50 @@ func TestLastUsed(t *testing.T) {
 	wantPanic(t, func() { apikey.NewLastUsed(nil, 0) }, "pass a *pgxpool.Pool")
 	wantPanic(t, func() { apikey.NewLastUsed(f.pool, -1) }, "use 0 for a minute")
 }
+
+// TestLastUsedAside: who changes a key does not wait for who writes down uses, and one
+// replica's writing is enough for all.
+func TestLastUsedAside(t *testing.T) {
+	w := newPostgresWorld(t)
+	apiKey, org := w.enrol(t, live, paid)
+	store := apikey.NewPostgresKeyStore(w.pool)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	use := func(db apikey.DB, interval time.Duration) time.Time {
+		t.Helper()
+		uses := apikey.NewLastUsed(db, interval)
+		replica{apikey.New(w.PostgresKeyStore, w.PostgresPlanStore, &apikey.Options{LastUsed: uses}), nil}.wantCode(t, apiKey, admitted)
+		if err := uses.Run(ended); err != nil {
+			t.Fatal(err)
+		}
+		info, _, err := store.Find(t.Context(), org.KeyID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.LastUsedAt
+	}
+	first := use(w.pool, time.Hour)
+	if first.IsZero() {
+		t.Fatal("the use is not written")
+	}
+	for range 10 { // other replicas
+		if again := use(w.pool, time.Hour); !again.Equal(first) {
+			t.Errorf("written again within the interval: %v, %v", first, again)
+		}
+	}
+	if later := use(w.pool, time.Nanosecond); !later.After(first) {
+		t.Errorf("not written after the interval: %v, %v", first, later)
+	}
+
+	tx, err := w.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.WithoutCancel(t.Context())) }()
+	use(tx, time.Nanosecond) // and it does not come to an end
+	ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+	defer stop()
+	if err := errors.Join(store.Deactivate(ctx, org.ID, org.KeyID), store.Activate(ctx, org.ID, org.KeyID), store.Expire(ctx, org.ID, org.KeyID, time.Now())); err != nil {
+		t.Errorf("while uses are written: %v", err)
+	}
+}

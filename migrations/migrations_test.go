@@ -50,15 +50,15 @@ func TestApplyAgain(t *testing.T) {
 	var plans, applied int
 	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
 		Scan(&plans, &applied)
-	if err != nil || plans != 1 || applied != 3 {
-		t.Errorf("%d plans, %d migrations, %v; want 1, 3", plans, applied, err)
+	if err != nil || plans != 1 || applied != 4 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 4", plans, applied, err)
 	}
 }
 
 // TestApplyTogether: replicas that start at once and all migrate.
 func TestApplyTogether(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `DROP TABLE api_keys, org_plans, plan_catalogue, apikey_migrations;
+	exec(t, pool, `DROP TABLE api_keys, api_key_uses, org_plans, plan_catalogue, apikey_migrations;
 		DROP FUNCTION apikey_announce_row, apikey_announce_tier, apikey_announce_all`)
 	var wg sync.WaitGroup
 	for range 4 {
@@ -75,7 +75,7 @@ func TestApplyTogether(t *testing.T) {
 // TestApplyAllOrNothing: a migration that fails leaves nothing behind.
 func TestApplyAllOrNothing(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `DROP TABLE api_keys; DELETE FROM apikey_migrations`) // org_plans stands in the way
+	exec(t, pool, `DROP TABLE api_keys, api_key_uses; DELETE FROM apikey_migrations`) // org_plans stands in the way
 	err := migrations.Apply(t.Context(), pool)
 	if err == nil || !strings.Contains(err.Error(), "0001_init.sql") {
 		t.Errorf("Apply = %v, want an error that names the file", err)
@@ -193,7 +193,7 @@ func TestAnnouncements(t *testing.T) {
 		{"move", `UPDATE api_keys SET org_id = 'p' WHERE key_hash = sha256('1')`, []string{k1}},
 		{"new id", `UPDATE api_keys SET id = gen_random_uuid() WHERE key_hash = sha256('1')`, []string{k1}},
 		{"new hash", `UPDATE api_keys SET key_hash = sha256('3') WHERE key_hash = sha256('1')`, []string{k1, k3}},
-		{"last used", `UPDATE api_keys SET last_used_at = now()`, nil},
+		{"last used", `INSERT INTO api_key_uses SELECT id, now() FROM api_keys`, nil},
 		{"name, hint", `UPDATE api_keys SET name = 'n', hint = 'h', created_at = now()`, nil},
 		{"a user's counter", `UPDATE api_keys SET usage = usage + 1`, nil},
 		{"twice in a transaction", `BEGIN; UPDATE api_keys SET active = true; UPDATE api_keys SET active = false; COMMIT`, []string{k2, k3}},
@@ -239,7 +239,7 @@ func TestAnnouncements(t *testing.T) {
 			"as a replica", `SET session_replication_role = replica; UPDATE api_keys SET active = NOT active WHERE key_hash = sha256('1');
 			RESET session_replication_role`, []string{k1},
 		},
-		{"truncate keys", `TRUNCATE api_keys`, []string{"keys"}},
+		{"truncate keys", `TRUNCATE api_keys CASCADE`, []string{"keys"}},
 		{"a thousand keys", `INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1, 1000) i`, many(1000)},
 		{
 			"more than a thousand keys", `UPDATE api_keys SET active = false; INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1001, 3000) i`,
@@ -249,7 +249,7 @@ func TestAnnouncements(t *testing.T) {
 			"and back to a savepoint", `BEGIN; SAVEPOINT a; DELETE FROM api_keys WHERE key_hash > sha256('2'); ROLLBACK TO a; DELETE FROM api_keys WHERE key_hash = sha256('2'); COMMIT`,
 			[]string{k2},
 		},
-		{"the last truncated", `TRUNCATE api_keys`, []string{"keys"}},
+		{"the last truncated", `TRUNCATE api_keys CASCADE`, []string{"keys"}},
 
 		{"subscribe", `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active'), ('a b', 'basic', 'active')`, []string{"plan a b", "plan o"}},
 		{"payment fails", `UPDATE org_plans SET status = 'payment_failed' WHERE org_id = 'o'`, []string{"plan o"}},

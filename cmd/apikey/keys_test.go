@@ -211,7 +211,7 @@ func TestExplainHeaders(t *testing.T) {
 	for stdin, want := range map[string][2]string{
 		"Bearer " + key:                 {"PLAN_EXPIRED", "the organisation has no subscription"},
 		"bearer   " + key:               {"PLAN_EXPIRED", "the organisation has no subscription"},
-		"\n  " + key + " \r\n\n":         {"PLAN_EXPIRED", "the organisation has no subscription"},
+		"\n  " + key + " \r\n\n":        {"PLAN_EXPIRED", "the organisation has no subscription"},
 		"\ufeff" + key + "\r\n":         {"PLAN_EXPIRED", "the organisation has no subscription"},
 		"Authorization: Bearer " + key:  {"PLAN_EXPIRED", "the organisation has no subscription"},
 		"Token " + key:                  {"INVALID_API_KEY_SCHEMA", "its scheme is not Bearer"},

@@ -111,27 +111,35 @@ func TestOutage(t *testing.T) {
 	})
 }
 
-// TestPressure: what is too much is dropped and counted; nobody waits.
+// TestPressure: what is too much is dropped and counted, and nothing else is, whether
+// anything is written or not; nobody waits.
 func TestPressure(t *testing.T) {
-	u := New(time.Minute)
-	for i := range queued + 10 { // nobody runs it
-		u.Note(new(Mark), fmt.Sprint(i), time.Now())
-	}
-	if n := u.Dropped(); n != 10 {
-		t.Errorf("%d dropped, want 10", n)
-	}
 	synctest.Test(t, func(t *testing.T) {
-		u, w := New(time.Hour), &table{rows: map[string]time.Time{}}
-		stop := run(t, u, w)
+		u, w := New(time.Minute), &table{rows: map[string]time.Time{}}
+		frozen := make(chan struct{})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() {
+			done <- u.Run(ctx, func(ctx context.Context, ids []string, times []time.Time) error {
+				<-frozen
+				return w.write(ctx, ids, times)
+			})
+		}()
+		u.Note(new(Mark), "the first", time.Now())
+		time.Sleep(time.Minute)
+		synctest.Wait() // its write is frozen
 		for i := range kept + 10 {
-			u.Note(new(Mark), fmt.Sprint(i), time.Now())
-			if i%queued == 0 {
-				synctest.Wait()
+			for range 3 { // each has a mark of its own, as without a cache
+				u.Note(new(Mark), fmt.Sprint(i), time.Now())
 			}
 		}
-		synctest.Wait()
-		if err := stop(); err != nil || len(w.rows) != kept || u.Dropped() != 10 {
-			t.Errorf("%v, %d written, %d dropped, want %d and 10", err, len(w.rows), u.Dropped(), kept)
+		close(frozen)
+		cancel()
+		if err := <-done; err != nil || len(w.rows) != kept+1 || u.Dropped() != 30 {
+			t.Errorf("%v, %d written, %d dropped, want %d and 30", err, len(w.rows), u.Dropped(), kept+1)
+		}
+		if most := (kept+perBatch-1)/perBatch + 1; w.writes != most {
+			t.Errorf("%d writes, want %d", w.writes, most)
 		}
 	})
 }
