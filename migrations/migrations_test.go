@@ -50,16 +50,16 @@ func TestApplyAgain(t *testing.T) {
 	var plans, applied int
 	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
 		Scan(&plans, &applied)
-	if err != nil || plans != 1 || applied != 4 {
-		t.Errorf("%d plans, %d migrations, %v; want 1, 4", plans, applied, err)
+	if err != nil || plans != 1 || applied != 5 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 5", plans, applied, err)
 	}
 }
 
 // TestApplyTogether: replicas that start at once and all migrate.
 func TestApplyTogether(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `DROP TABLE api_keys, api_key_uses, org_plans, plan_catalogue, apikey_migrations;
-		DROP FUNCTION apikey_announce_row, apikey_announce_tier, apikey_announce_all`)
+	exec(t, pool, `DROP TABLE api_keys, api_key_uses, org_plans, plan_catalogue, apikey_migrations, apikey_outbox;
+		DROP FUNCTION apikey_announce, apikey_announce_row, apikey_announce_tier, apikey_announce_all`)
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -363,6 +363,7 @@ func TestBulkIsAnnouncedOnce(t *testing.T) {
 // announced returns what conn has been sent so far.
 func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []string) {
 	t.Helper()
+	exec(t, pool, `SELECT apikey_announce()`)
 	exec(t, pool, `NOTIFY apikey_changes, 'end'`) // notices arrive in the order of commits
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()

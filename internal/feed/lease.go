@@ -3,17 +3,24 @@ package feed
 // What makes records worth more than their age: a session through which every
 // announcement is received, and a lease that says until when that is known.
 //
-// The argument. A session's connection listens, and then takes its first snapshot. A
-// record that includes that snapshot has missed only transactions that became visible
-// later, and so after the LISTEN: Postgres delivers their announcements. It delivers
-// in the order of commits: a transaction that announces holds a lock from before it
-// puts its notice in the queue until it is visible.
+// The argument. A change is not announced by the transaction that makes it. That one
+// leaves a row in the outbox, and whoever calls apikey_announce after its commit
+// announces it. Postgres delivers announcements in the order in which the announcing
+// transactions commit: each holds a lock from before it puts its notices in the queue
+// until it is visible.
 //
-// So when the session has taken a snapshot at time T, and later hears of a transaction
-// that the snapshot has not seen, then that one became visible after T, and all that
-// had been committed at T has been delivered before. The lease runs to T plus the
-// longest staleness that is allowed. Whoever sent the announcement does not matter, and
-// nothing has to be sent where something is announced anyway.
+// A session's connection listens, and then takes its first snapshot. A record that
+// includes that snapshot has missed only changes that became visible later. These are
+// announced later still, and so after the LISTEN: Postgres delivers the announcements.
+//
+// Several times a lease the session calls apikey_announce, one call after the other: a
+// read. When it has made a read at time T, all that had been committed at T has been
+// announced, by that read or by transactions that had committed before it returned. Then
+// it makes another read. When it later hears of a transaction that the snapshot of this
+// second read has not seen, that announcement was committed after the first read was
+// done, and so all that was committed at T has been delivered before. The lease runs to
+// T plus the longest staleness that is allowed. Whoever sent the announcement does not
+// matter, and nothing has to be sent where something is announced anyway.
 //
 // That the facts of a record come from the server that the session listens to is said
 // by the record's stamp.

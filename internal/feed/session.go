@@ -1,14 +1,15 @@
 package feed
 
-// One session on the wire. It speaks the protocol itself, since a read must not wait
-// for the answer to the one before: with a slow network that would take longer than
-// the lease.
+// One session on the wire: it listens, reads, and one of all sessions announces for all.
+// It speaks the protocol itself, since a read must not wait for the answer to the one
+// before: with a slow network that would take longer than the lease.
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -23,10 +24,14 @@ import (
 )
 
 const (
-	readsPerLease  = 8
+	readsPerLease  = 12
 	quietPerLease  = 4 // after this part of a lease without an announcement a beat is sent
 	closeTimeout   = time.Second
 	connectTimeout = 10 * time.Second // to connect and begin, some six round trips
+
+	// One session of a fleet, the announcer, announces what was committed this often, and
+	// at most for half of the time.
+	announceEvery = 20 * time.Millisecond
 
 	// farAhead is how many transactions a server does not begin between two reads: an
 	// announcement of one that is farther ahead is looked into at once.
@@ -39,16 +44,29 @@ var errPooler = errors.New("a pooler (such as PgBouncer) is in between, which do
 	"give Watch a pool that connects to PostgreSQL directly; the stores may stay behind the pooler")
 
 const (
-	readSQL = `SELECT pg_catalog.pg_current_snapshot()::text`
+	readSQL = `SELECT apikey_announce()`
 	beatSQL = readSQL + `; SELECT pg_catalog.pg_notify('` + Channel + `', '` + kindBeat + ` ' || pg_catalog.pg_current_xact_id()::text)`
+
+	// tryLockSQL makes the session the announcer, unless there is one. The lock is held
+	// until the session ends.
+	tryLockSQL = `SELECT pg_catalog.pg_try_advisory_lock(` + announcerLock + `, pg_catalog.hashtext('apikey_outbox'::regclass::oid::text))`
 
 	// The session is idle for good. When this replica is suspended, or the network is gone,
 	// the server is to notice soon: a session that is not read from holds up the
 	// notification queue and VACUUM.
 	settingsSQL = `SELECT pg_catalog.set_config(name, value, false) FROM pg_catalog.pg_settings JOIN (VALUES
-		('idle_session_timeout', '0'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
+		('default_transaction_isolation', 'read committed'), ('idle_session_timeout', '0'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
 		('tcp_user_timeout', '30000')) AS s (name, value) USING (name)`
 )
+
+// announcerLock is the class of the advisory locks of announcers: migration 0005 knows it
+// too.
+const announcerLock = "1634757477"
+
+// AnnouncerSQL is an expression for whether there is an announcer, in whatever schema of
+// the database.
+const AnnouncerSQL = `EXISTS (SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg_database d ON d.oid = database
+	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + ` AND granted)`
 
 // ServerSQL is an expression for the [snapshot.Server] that runs it, as a bigint: the
 // microsecond in which it was started, hashed with the name of the database. 0 is a
@@ -74,10 +92,13 @@ type wire struct {
 
 	mu       sync.Mutex
 	proof    proof
-	asked    []clock.Instant // for snapshots, oldest first
+	asked    []clock.Instant // for snapshots, oldest first; zero: not for a read
 	heard    time.Time       // when the last announcement was
 	known    clock.Instant   // up to when all changes are known
 	answered time.Time       // when the server last said something
+
+	announcer bool
+	announced chan struct{} // an announcement that was asked for has been made
 }
 
 // connect makes a connection, and begins a session in log.
@@ -142,6 +163,9 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	asked := clock.At(time.Now())
 	var text string
 	if err := conn.QueryRow(ctx, readSQL, simple).Scan(&text); err != nil {
+		if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42883" { // undefined_function
+			err = fmt.Errorf("the migrations are older than this program, or not in the search_path: %w", err)
+		}
 		return nil, fmt.Errorf("LISTEN: %w", err)
 	}
 	first, err := snapshot.Parse(text)
@@ -152,7 +176,7 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now()}
+	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now(), announced: make(chan struct{}, 1)}
 	first = first.On(server)
 	w.proof.read(read{asked, first})
 	log.Begin(History(history), first, asked)
@@ -167,6 +191,7 @@ func (w *wire) run(ctx context.Context, pool *pgxpool.Pool) error {
 	defer cancel(nil)
 	defer w.close()
 	senders.Go(func() { cancel(w.send(ctx)) })
+	senders.Go(func() { cancel(w.announce(ctx)) })
 	senders.Go(func() { w.compare(ctx, pool) })
 	stop := context.AfterFunc(ctx, func() { _ = w.conn.Conn.SetReadDeadline(time.Now()) })
 	defer stop()
@@ -211,6 +236,7 @@ func (w *wire) send(ctx context.Context) (err error) {
 		}
 		w.mu.Lock()
 		silent, quiet, age := time.Since(w.answered), time.Since(w.heard), w.known.Age(clock.At(time.Now()))
+		announcer := w.announcer
 		w.mu.Unlock()
 		switch {
 		case silent >= lease:
@@ -224,18 +250,57 @@ func (w *wire) send(ctx context.Context) (err error) {
 		if quiet >= lease/quietPerLease || age >= 3*lease/8 { // with a slow network the latter comes first
 			sql = beatSQL
 		}
-		if err := w.query(sql); err != nil {
+		if !announcer {
+			sql += "; " + tryLockSQL
+		}
+		if err := w.query(sql, clock.At(time.Now())); err != nil {
 			return fmt.Errorf("listening: %w", err)
 		}
 		wait = lease/readsPerLease + rand.N(lease/(4*readsPerLease)+1)
 	}
 }
 
-// query sends a query for a snapshot.
-func (w *wire) query(sql string) error {
+// announce announces what was committed, again and again, if the session is the
+// announcer. The others read, and so announce what one that is in trouble does not.
+func (w *wire) announce(ctx context.Context) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	wait := announceEvery
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+		w.mu.Lock()
+		announcer := w.announcer
+		w.mu.Unlock()
+		if !announcer {
+			wait = w.log.lease / readsPerLease
+			continue
+		}
+		start := time.Now()
+		if err := w.query(readSQL, clock.Instant{}); err != nil {
+			return fmt.Errorf("announcing: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-w.announced:
+		}
+		wait = max(announceEvery, time.Since(start))
+	}
+}
+
+// query sends a query for a snapshot: a read that is asked for at a time, or, if that is
+// zero, something else.
+func (w *wire) query(sql string, asked clock.Instant) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.asked = append(w.asked, clock.At(time.Now()))
+	w.asked = append(w.asked, asked)
 	w.log.asked.CompareAndSwap(0, int64(time.Since(began)))
 	w.conn.Frontend.Send(&pgproto3.Query{String: sql})
 	if err := w.conn.Conn.SetWriteDeadline(time.Now().Add(w.log.lease)); err != nil {
@@ -247,12 +312,12 @@ func (w *wire) query(sql string) error {
 // readSoon sends a query for a snapshot, unless the answer to one is on its way.
 func (w *wire) readSoon() error {
 	w.mu.Lock()
-	waiting := len(w.asked) > 0
+	waiting := slices.ContainsFunc(w.asked, func(asked clock.Instant) bool { return asked != clock.Instant{} })
 	w.mu.Unlock()
 	if waiting {
 		return nil
 	}
-	return w.query(readSQL)
+	return w.query(readSQL, clock.At(time.Now()))
 }
 
 // receive receives one message.
@@ -271,8 +336,14 @@ func (w *wire) receive() error {
 			return w.notified(m.Payload)
 		}
 	case *pgproto3.DataRow:
-		if len(m.Values) == 1 && len(m.Values[0]) > 0 { // that of pg_notify is empty
-			return w.snapshot(string(m.Values[0]))
+		switch value := string(m.Values[0]); value {
+		case "": // of pg_notify
+		case "t", "f": // of tryLockSQL
+			w.mu.Lock()
+			w.announcer = value == "t"
+			w.mu.Unlock()
+		default:
+			return w.snapshot(value)
 		}
 	case *pgproto3.ErrorResponse:
 		return pgconn.ErrorResponseToPgError(m)
@@ -294,6 +365,11 @@ func (w *wire) snapshot(text string) error {
 	}
 	asked := w.asked[0]
 	w.asked = w.asked[1:]
+	if asked == (clock.Instant{}) {
+		w.mu.Unlock()
+		w.announced <- struct{}{}
+		return nil
+	}
 	w.proof.read(read{asked, snap})
 	w.mu.Unlock()
 	w.log.Reached(snap, asked)

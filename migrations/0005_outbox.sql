@@ -1,0 +1,101 @@
+-- Announcements by way of a table, so that who writes keys and plans never runs NOTIFY.
+--
+-- NOTIFY takes a lock that all transactions of the server that notify hold until they
+-- have committed: they commit one after the other. It fails in a transaction that is to
+-- be prepared (two-phase commit), and, when the notification queue is full, at commit.
+
+-- +goose Up
+-- +goose StatementBegin
+
+-- Changes that have not been announced. UNLOGGED, since nobody needs them after a crash:
+-- who listens begins anew then, and uses nothing that was read before.
+CREATE UNLOGGED TABLE apikey_outbox (
+    xid     xid8        NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
+    kind    text        NOT NULL,
+    subject text        NOT NULL DEFAULT '',
+    at      timestamptz NOT NULL DEFAULT now()
+);
+
+-- The functions have the rights of the owner, so that the roles which change keys and
+-- plans, and those that read them, need none on the table.
+DO $do$
+BEGIN
+EXECUTE pg_catalog.format($format$
+
+-- apikey_announce announces what was committed and is not announced yet, on the channel
+-- apikey_changes, as 0002 has it, and returns a snapshot: all that is visible in it was
+-- announced by transactions that have committed before this one, or by this one. So it
+-- waits for those that are announcing. The replicas call it, all the time.
+CREATE FUNCTION apikey_announce() RETURNS text LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
+DECLARE
+    snapshot CONSTANT text := pg_catalog.pg_current_snapshot()::text;
+    payload  text;
+BEGIN
+    FOR payload IN
+        WITH gone AS (DELETE FROM apikey_outbox RETURNING kind, xid, subject)
+        SELECT pg_catalog.concat_ws(' ', kind, xid::text, nullif(subject, '')) FROM gone
+    LOOP
+        PERFORM pg_catalog.pg_notify('apikey_changes', payload);
+    END LOOP;
+    RETURN snapshot;
+END $$;
+
+CREATE OR REPLACE FUNCTION apikey_announce_row() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
+DECLARE
+    most      CONSTANT integer := 1000;
+    kind      CONSTANT text := TG_ARGV[0];
+    setting   CONSTANT text := 'apikey.announced_' || kind;
+    announced CONSTANT integer := coalesce(nullif(pg_catalog.current_setting(setting, true), ''), '0')::integer;
+    was       text;
+    is_now    text;
+BEGIN
+    IF announced > most THEN
+        RETURN NULL;
+    END IF;
+    PERFORM pg_catalog.set_config(setting, (announced + 1)::text, true);
+    IF announced = most THEN
+        INSERT INTO apikey_outbox (kind) VALUES (kind || 's');
+        RETURN NULL;
+    END IF;
+    IF kind = 'key' THEN
+        IF TG_OP <> 'INSERT' THEN
+            was := pg_catalog.encode(pg_catalog.substring(OLD.key_hash, 1, 8), 'hex');
+        END IF;
+        IF TG_OP <> 'DELETE' THEN
+            is_now := pg_catalog.encode(pg_catalog.substring(NEW.key_hash, 1, 8), 'hex');
+        END IF;
+    ELSE
+        IF TG_OP <> 'INSERT' THEN
+            was := OLD.org_id;
+        END IF;
+        IF TG_OP <> 'DELETE' THEN
+            is_now := NEW.org_id;
+        END IF;
+    END IF;
+    INSERT INTO apikey_outbox (kind, subject)
+        SELECT kind, s FROM (VALUES (was), (is_now)) AS v (s) WHERE s IS NOT NULL GROUP BY s;
+
+    -- Where no replica listens nobody takes the rows away.
+    IF pg_catalog.random() < 0.001 AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND classid = 1634757477) THEN
+        DELETE FROM apikey_outbox WHERE ctid = ANY (ARRAY(
+            SELECT ctid FROM apikey_outbox WHERE at < now() - interval '1 hour' LIMIT 10000 FOR UPDATE SKIP LOCKED));
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION apikey_announce_all() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
+BEGIN
+    INSERT INTO apikey_outbox (kind) VALUES (TG_ARGV[0]);
+    RETURN NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION apikey_announce_tier() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
+BEGIN
+    INSERT INTO apikey_outbox (kind, subject) SELECT 'tier', s FROM (VALUES (OLD.name), (NEW.name)) AS v (s) GROUP BY s;
+    RETURN NULL;
+END $$
+
+$format$, pg_catalog.current_schema());
+END $do$;
+-- +goose StatementEnd
