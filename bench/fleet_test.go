@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sys/unix"
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/testservers"
@@ -90,41 +91,48 @@ func (f *fleet) live() (n int) {
 }
 
 // cpu returns how long the processes of PostgreSQL have been running on a core.
-func (f *fleet) cpu(t *testing.T) time.Duration {
+func (f *fleet) cpu(t *testing.T) (sum time.Duration) {
 	t.Helper()
 	var backend int
 	if err := f.pool.QueryRow(t.Context(), `SELECT pg_backend_pid()`).Scan(&backend); err != nil {
 		t.Fatal(err)
 	}
-	postmaster := stat(strconv.Itoa(backend))[1]
-	const ticks = 100 // a second: sysconf(_SC_CLK_TCK) on Linux
-	sum := 0
-	add := func(fields []string) {
-		for _, field := range fields {
-			n, _ := strconv.Atoi(field)
-			sum += n
-		}
-	}
+	postmaster := parent(strconv.Itoa(backend))
 	processes, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range processes {
-		if fields := stat(filepath.Base(p)); fields != nil && fields[1] == postmaster {
-			add(fields[11:13])
+		if pid := filepath.Base(p); pid == postmaster || parent(pid) == postmaster {
+			sum += running(t, pid)
 		}
 	}
-	add(stat(postmaster)[11:15]) // with its children that have ended
-	return time.Duration(sum) * time.Second / ticks
+	return sum
 }
 
-// stat returns the fields of /proc/<pid>/stat after the name; nil: it has ended.
-func stat(pid string) []string {
+// parent returns the parent of a process; "" if it has ended.
+func parent(pid string) string {
 	text, err := os.ReadFile("/proc/" + pid + "/stat")
 	if err != nil {
-		return nil
+		return ""
 	}
-	return strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	return strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))[1]
+}
+
+// running returns how long a process has been running, by its CPU clock: the times in
+// /proc miss who runs for less than a tick.
+func running(t *testing.T, pid string) time.Duration {
+	t.Helper()
+	n, err := strconv.ParseInt(pid, 10, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ts unix.Timespec
+	const cpuClock = 2 // clock_getcpuclockid: MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED)
+	if err := unix.ClockGettime(int32(^n<<3|cpuClock), &ts); err != nil {
+		return 0 // it has ended
+	}
+	return time.Duration(ts.Nano())
 }
 
 // TestFleet measures fleets of some sizes: what they cost at rest, how soon a change

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/migrations"
 )
 
@@ -77,7 +78,7 @@ func examinePostgres(ctx context.Context, pool *pgxpool.Pool) (findings []findin
 		{"announcements", checkAnnouncements},
 		{"notification queue", checkQueue},
 		{"sessions", checkSessions},
-		{"prepared transactions", checkPrepared},
+		{"announcer", checkAnnouncer},
 	} {
 		state, detail, err := c.check(ctx, pool)
 		if err != nil {
@@ -236,7 +237,7 @@ func checkAnnouncements(ctx context.Context, pool *pgxpool.Pool) (state, detail 
 }
 
 // checkQueue looks at what listeners have not been sent yet. When the queue is full,
-// every transaction that changes a key or a plan fails.
+// nothing can be announced.
 func checkQueue(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
 	var full float64
 	if err := pool.QueryRow(ctx, `SELECT pg_notification_queue_usage()`).Scan(&full); err != nil {
@@ -244,7 +245,7 @@ func checkQueue(ctx context.Context, pool *pgxpool.Pool) (state, detail string, 
 	}
 	detail = fmt.Sprintf("%.1f %% full", 100*full)
 	const advice = ": a session that has run LISTEN, of whatever service, does not end its transaction or does not read: " +
-		"when it is full, keys and plans cannot be changed; end that session (see sessions)"
+		"when it is full, changes are noticed within MaxStaleness only; end that session (see sessions)"
 	switch {
 	case full > 0.5:
 		return stateFault, detail + advice, nil
@@ -279,16 +280,16 @@ func checkSessions(ctx context.Context, pool *pgxpool.Pool) (state, detail strin
 	return stateOK, "none holds up VACUUM or the notification queue, as far as this role may see", nil
 }
 
-func checkPrepared(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
-	var most int
-	if err := pool.QueryRow(ctx, `SELECT current_setting('max_prepared_transactions')::int`).Scan(&most); err != nil {
+// checkAnnouncer looks for the replica that announces for all.
+func checkAnnouncer(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
+	var is bool
+	if err := pool.QueryRow(ctx, `SELECT `+feed.AnnouncerSQL).Scan(&is); err != nil {
 		return "", "", err
 	}
-	if most > 0 {
-		return stateWarning, "the server allows PREPARE TRANSACTION (two-phase commit), but not for a transaction that changes a key or a plan: " +
-			"that has announced it (0A000). Change these in a transaction of their own", nil
+	if !is {
+		return stateWarning, "no replica runs Cache.Watch at this moment, so that changes are noticed within MaxStaleness only", nil
 	}
-	return stateOK, "the server does not allow them", nil
+	return stateOK, "a replica announces what changes", nil
 }
 
 func examineRedis(ctx context.Context, redisURL string) []finding {

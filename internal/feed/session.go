@@ -25,7 +25,8 @@ import (
 
 const (
 	readsPerLease  = 12
-	quietPerLease  = 4 // after this part of a lease without an announcement a beat is sent
+	readAtLeast    = time.Second // how often it reads at least: an announcer that is gone is missed
+	quietPerLease  = 4           // after this part of a lease without an announcement a beat is sent
 	closeTimeout   = time.Second
 	connectTimeout = 10 * time.Second // to connect and begin, some six round trips
 
@@ -97,7 +98,7 @@ type wire struct {
 	known    clock.Instant   // up to when all changes are known
 	answered time.Time       // when the server last said something
 
-	announcer bool
+	announcer chan struct{} // closed when the session is the announcer
 	announced chan struct{} // an announcement that was asked for has been made
 }
 
@@ -176,7 +177,7 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now(), announced: make(chan struct{}, 1)}
+	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now(), announcer: make(chan struct{}), announced: make(chan struct{}, 1)}
 	first = first.On(server)
 	w.proof.read(read{asked, first})
 	log.Begin(History(history), first, asked)
@@ -236,7 +237,6 @@ func (w *wire) send(ctx context.Context) (err error) {
 		}
 		w.mu.Lock()
 		silent, quiet, age := time.Since(w.answered), time.Since(w.heard), w.known.Age(clock.At(time.Now()))
-		announcer := w.announcer
 		w.mu.Unlock()
 		switch {
 		case silent >= lease:
@@ -250,13 +250,16 @@ func (w *wire) send(ctx context.Context) (err error) {
 		if quiet >= lease/quietPerLease || age >= 3*lease/8 { // with a slow network the latter comes first
 			sql = beatSQL
 		}
-		if !announcer {
+		select {
+		case <-w.announcer:
+		default:
 			sql += "; " + tryLockSQL
 		}
 		if err := w.query(sql, clock.At(time.Now())); err != nil {
 			return fmt.Errorf("listening: %w", err)
 		}
-		wait = lease/readsPerLease + rand.N(lease/(4*readsPerLease)+1)
+		wait = min(lease/readsPerLease, readAtLeast)
+		wait += rand.N(wait/4 + 1)
 	}
 }
 
@@ -268,20 +271,12 @@ func (w *wire) announce(ctx context.Context) (err error) {
 			err = fmt.Errorf("panic: %v", p)
 		}
 	}()
-	wait := announceEvery
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-w.announcer:
+	}
 	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(wait):
-		}
-		w.mu.Lock()
-		announcer := w.announcer
-		w.mu.Unlock()
-		if !announcer {
-			wait = w.log.lease / readsPerLease
-			continue
-		}
 		start := time.Now()
 		if err := w.query(readSQL, clock.Instant{}); err != nil {
 			return fmt.Errorf("announcing: %w", err)
@@ -291,7 +286,11 @@ func (w *wire) announce(ctx context.Context) (err error) {
 			return nil
 		case <-w.announced:
 		}
-		wait = max(announceEvery, time.Since(start))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(max(announceEvery, time.Since(start))):
+		}
 	}
 }
 
@@ -338,10 +337,13 @@ func (w *wire) receive() error {
 	case *pgproto3.DataRow:
 		switch value := string(m.Values[0]); value {
 		case "": // of pg_notify
-		case "t", "f": // of tryLockSQL
-			w.mu.Lock()
-			w.announcer = value == "t"
-			w.mu.Unlock()
+		case "f": // of tryLockSQL
+		case "t":
+			select {
+			case <-w.announcer: // asked again before it was known
+			default:
+				close(w.announcer)
+			}
 		default:
 			return w.snapshot(value)
 		}
