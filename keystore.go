@@ -330,7 +330,7 @@ const (
 	maxTries           = 200
 )
 
-// MaxKeysPerOrg is how many keys an organisation may have, dead ones included.
+// MaxKeysPerOrg is how many keys an organisation may have. Expired ones do not count.
 // Creations at the same time may exceed it by a few.
 const MaxKeysPerOrg = 1000
 
@@ -490,7 +490,7 @@ func (s *PostgresKeyStore) insert(ctx context.Context, orgID string, k NewKey, h
 	}
 	var count int
 	info, err := scanInfo(s.db.QueryRow(ctx, `
-		WITH had AS (SELECT count(*) AS n FROM api_keys WHERE org_id = $1),
+		WITH had AS (SELECT count(*) AS n FROM api_keys WHERE org_id = $1 AND coalesce(expires_at > now(), true)),
 		made AS (
 			INSERT INTO api_keys (org_id, name, hint, key_hash, expires_at, environment)
 			SELECT $1, $2, $3, $4, $5, $7 FROM had WHERE n < $6
@@ -560,6 +560,28 @@ func (s *PostgresKeyStore) Activate(ctx context.Context, orgID, keyID string) er
 	return s.change(ctx, "activating", `UPDATE api_keys SET active = true WHERE org_id = $1 AND id = $2`, orgID, keyID)
 }
 
+// DeactivateAll makes all keys of an organisation dead, and returns how many were active.
+func (s *PostgresKeyStore) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
+	tag, err := s.db.Exec(ctx, `UPDATE api_keys SET active = false WHERE org_id = $1 AND active`, orgID)
+	if err != nil {
+		return 0, fmt.Errorf("apikey: deactivating the keys of an organisation: %w", err)
+	}
+	return tag.RowsAffected(), nil
+}
+
+// Prune deletes the keys of all organisations that expired before a time, at most 10,000
+// of them, and returns how many: call it again until it returns 0.
+func (s *PostgresKeyStore) Prune(ctx context.Context, expiredBefore time.Time) (int64, error) {
+	if expiredBefore.After(time.Now()) {
+		return 0, &InputError{"time", "is still to come: keys that are not expired are not pruned"}
+	}
+	tag, err := s.db.Exec(ctx, `DELETE FROM api_keys WHERE id IN (SELECT id FROM api_keys WHERE expires_at < $1 LIMIT 10000)`, expiredBefore)
+	if err != nil {
+		return 0, fmt.Errorf("apikey: pruning keys: %w", err)
+	}
+	return tag.RowsAffected(), nil
+}
+
 // Delete forgets a key. Errors: [ErrNotFound].
 func (s *PostgresKeyStore) Delete(ctx context.Context, orgID, keyID string) error {
 	return s.change(ctx, "deleting", `DELETE FROM api_keys WHERE org_id = $1 AND id = $2`, orgID, keyID)
@@ -614,7 +636,7 @@ func (s *PostgresKeyStore) Rotate(ctx context.Context, orgID, keyID string, unti
 	info, err := scanInfo(s.db.QueryRow(ctx, `
 		WITH had AS (
 			SELECT id, name, expires_at, active AND coalesce(expires_at > now(), true) AS alive,
-				(SELECT count(*) FROM api_keys WHERE org_id = $1) < $8 AS room
+				(SELECT count(*) FROM api_keys WHERE org_id = $1 AND coalesce(expires_at > now(), true)) < $8 AS room
 			FROM api_keys WHERE org_id = $1 AND id = $2 FOR UPDATE
 		),
 		old AS (

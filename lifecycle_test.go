@@ -351,6 +351,30 @@ func TestRotate(t *testing.T) {
 	}
 }
 
+// TestManyKeys: all keys of one organisation are ended at once, and those that are long
+// dead are forgotten; nobody else's.
+func TestManyKeys(t *testing.T) {
+	pool := testservers.Postgres(t)
+	s := apikey.NewPostgresKeyStore(pool)
+	mustExec(t, pool, `INSERT INTO api_keys (org_id, key_hash, active, expires_at)
+		SELECT 'org_' || i % 3, sha256(i::text::bytea), i % 4 > 0, CASE WHEN i % 5 = 0 THEN now() - i * interval '1 day' END FROM generate_series(1, 120) i`)
+	if n, err := s.DeactivateAll(t.Context(), "org_1"); n != 30 || err != nil {
+		t.Errorf("%d keys were deactivated, %v, want 30", n, err)
+	}
+	if n, err := s.DeactivateAll(t.Context(), "org_1"); n != 0 || err != nil {
+		t.Errorf("and again %d, %v", n, err)
+	}
+	if n, err := s.Prune(t.Context(), time.Now().Add(-61*24*time.Hour)); n != 12 || err != nil { // 65, 70, ... 120 days ago
+		t.Errorf("%d keys were pruned, %v, want 12", n, err)
+	}
+	var active, all int
+	if err := pool.QueryRow(t.Context(), `SELECT count(*) FILTER (WHERE active), count(*) FROM api_keys`).Scan(&active, &all); err != nil || all != 108 || active == 0 {
+		t.Errorf("%d keys are left, %d active, %v", all, active, err)
+	}
+	_, err := s.Prune(t.Context(), time.Now().Add(time.Hour))
+	wantInputError(t, err, "time", "still to come")
+}
+
 func TestKeyLimit(t *testing.T) {
 	pool := testservers.Postgres(t)
 	s := apikey.NewPostgresKeyStore(pool)
@@ -364,6 +388,10 @@ func TestKeyLimit(t *testing.T) {
 	}
 	if _, _, err := s.Rotate(t.Context(), "org_1", last.ID, time.Now(), apikey.NewKey{}); !errors.Is(err, apikey.ErrKeyLimit) {
 		t.Errorf("Rotate = %v, want ErrKeyLimit", err)
+	}
+	mustExec(t, pool, `UPDATE api_keys SET expires_at = now() WHERE id <> $1`, last.ID)
+	if _, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{}); err != nil {
+		t.Errorf("Create = %v although all other keys have expired", err)
 	}
 	if key, _, err := s.Find(t.Context(), last.ID); err != nil || key.State(time.Now()) != "active" {
 		t.Errorf("a rotation that was refused has left the key %s, %v", key.State(time.Now()), err)

@@ -262,3 +262,29 @@ func TestRotateByCommand(t *testing.T) {
 		}
 	}
 }
+
+// TestManyByCommand: what would be done is told before it is.
+func TestManyByCommand(t *testing.T) {
+	s := shell{databaseURL: testservers.PostgresURL(t)}
+	for range 3 {
+		s.must(t, "", "keys", "create", "--org", "acme")
+	}
+	if _, err := testservers.Pool(t, s.databaseURL).Exec(t.Context(), `INSERT INTO api_keys (org_id, key_hash, expires_at) VALUES ('old', sha256('k'), now() - interval '100 days')`); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		want string
+		args []string
+	}{
+		{"3 active keys of acme would be", []string{"keys", "deactivate-all", "--org", "acme", "--dry-run"}},
+		{"3 active keys of acme were", []string{"keys", "deactivate-all", "--org", "acme"}},
+		{"0 active keys of acme were", []string{"keys", "deactivate-all", "--org", "acme"}},
+		{"0 keys would be", []string{"keys", "prune", "--expired", "120d", "--dry-run"}},
+		{"1 keys would be", []string{"keys", "prune", "--dry-run"}},
+		{"1 keys were", []string{"keys", "prune"}},
+	} {
+		if out := s.must(t, "", c.args...); !strings.Contains(out, c.want) {
+			t.Errorf("%v: %q, want %q", c.args, out, c.want)
+		}
+	}
+}

@@ -196,6 +196,70 @@ func changeKey(
 	})
 }
 
+// keysRevoke makes all keys of an organisation dead.
+func keysRevoke(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "keys deactivate-all")
+	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
+	dry := f.Bool("dry-run", false, "only say how many keys that would be")
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		return dryRun(ctx, pool, *dry, func(tx pgx.Tx) error {
+			n, err := apikey.NewPostgresKeyStore(tx).DeactivateAll(ctx, *org)
+			if err == nil {
+				fmt.Fprintf(a.stdout, "%d active keys of %s%s\n", n, *org, map[bool]string{true: " would be deactivated", false: " were deactivated"}[*dry])
+			}
+			return err
+		})
+	})
+}
+
+// keysPrune deletes keys that are long dead.
+func keysPrune(ctx context.Context, a *app, args []string) error {
+	f := newFlags(a, "keys prune")
+	databaseURL := f.databaseURL("PostgreSQL `URL`")
+	age := f.duration("expired", 90*24*time.Hour, "for `how long` the keys have been expired, such as 30d (default 90d)")
+	dry := f.Bool("dry-run", false, "only say how many keys that would be")
+	if err := f.parse(args); err != nil {
+		return err
+	}
+	before := time.Now().Add(-*age)
+	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
+		all := int64(0)
+		for {
+			n := int64(0)
+			err := dryRun(ctx, pool, *dry, func(tx pgx.Tx) (err error) {
+				n, err = apikey.NewPostgresKeyStore(tx).Prune(ctx, before)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			if all += n; n == 0 || *dry {
+				break
+			}
+		}
+		fmt.Fprintf(a.stdout, "%d keys%s\n", all, map[bool]string{true: " would be deleted, or more", false: " were deleted"}[*dry])
+		return nil
+	})
+}
+
+// dryRun runs do in a transaction, and takes it back if dry.
+func dryRun(ctx context.Context, pool *pgxpool.Pool, dry bool, do func(pgx.Tx) error) error {
+	errDry := errors.New("dry run")
+	err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
+		if err := do(tx); err != nil || !dry {
+			return err
+		}
+		return errDry
+	})
+	if errors.Is(err, errDry) {
+		return nil
+	}
+	return err
+}
+
 // noSuchKey does not repeat the id, since it may be a key that was given for one.
 func noSuchKey(org string) error {
 	return fmt.Errorf("organisation %q has no key with this id: 'apikey keys list' shows those it has%w", org, errNotThere)

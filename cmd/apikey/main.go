@@ -2,7 +2,7 @@
 //
 //	apikey demo       serve the main job on embedded defaults, or on real servers
 //	apikey migrate    create or update the tables
-//	apikey keys       create, list, deactivate, activate, delete, rotate, import
+//	apikey keys       create, list, deactivate, activate, delete, rotate, import, prune
 //	apikey plan       set, show, define
 //	apikey explain    why a key is admitted or refused
 //	apikey doctor     whether the database and Redis are as they should be
@@ -39,7 +39,9 @@ const usage = `usage: apikey command [flags]
   keys list          list the keys of an organisation
   keys deactivate    make a key dead
   keys activate      take that back
+  keys deactivate-all  make all keys of an organisation dead
   keys delete        forget a key
+  keys prune         forget keys that expired long ago
   keys rotate        make a new key in the place of one that lives on for a while
   keys import        take in keys issued elsewhere, from standard input
   plan define        say whether a tier includes the API
@@ -59,7 +61,7 @@ type command func(ctx context.Context, a *app, args []string) error
 var commands = map[string]command{
 	"demo": demo, "migrate": migrate,
 	"keys create": keysCreate, "keys list": keysList, "keys deactivate": keysDeactivate, "keys activate": keysActivate,
-	"keys delete": keysDelete, "keys rotate": keysRotate, "keys import": keysImport,
+	"keys deactivate-all": keysRevoke, "keys prune": keysPrune, "keys delete": keysDelete, "keys rotate": keysRotate, "keys import": keysImport,
 	"plan define": planDefine, "plan set": planSet, "plan show": planShow,
 	"explain": explain, "doctor": doctor, "version": version,
 }
