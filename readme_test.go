@@ -1,7 +1,7 @@
 package apikey_test
 
-// What the README says is true: its program compiles, its commands run, and the
-// tests that it names are there.
+// What the documents say is true: programs compile, commands and SQL run, and the tests
+// and files that they name are there.
 
 import (
 	"os"
@@ -15,11 +15,25 @@ import (
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
-func readme(t *testing.T) string {
+// document returns the text of a document.
+func document(t *testing.T, name string) string {
 	t.Helper()
-	text, err := os.ReadFile("README.md")
+	text, err := os.ReadFile(name)
 	mustNot(t, err)
 	return string(text)
+}
+
+func readme(t *testing.T) string { return document(t, "README.md") }
+
+// documents are all of them.
+func documents(t *testing.T) (names []string) {
+	t.Helper()
+	for _, pattern := range []string{"*.md", "*/*.md", "*/*/*.md"} {
+		files, err := filepath.Glob(pattern)
+		mustNot(t, err)
+		names = append(names, files...)
+	}
+	return names
 }
 
 func TestReadmeProgram(t *testing.T) {
@@ -63,22 +77,48 @@ func TestReadmeNames(t *testing.T) {
 			sources.Write(text)
 		}
 	}
-	names := regexp.MustCompile("`((?:Test|Fuzz)[A-Z]\\w+)`").FindAllStringSubmatch(readme(t), -1)
-	if len(names) < 20 {
-		t.Errorf("the README names %d tests only", len(names))
-	}
-	for _, name := range names {
-		if !strings.Contains(sources.String(), "func "+name[1]+"(") {
-			t.Errorf("there is no %s", name[1])
+	n := 0
+	for _, name := range documents(t) {
+		text := document(t, name)
+		for _, test := range regexp.MustCompile("`((?:Test|Fuzz|Benchmark)[A-Z]\\w+)`").FindAllStringSubmatch(text, -1) {
+			n++
+			if !strings.Contains(sources.String(), "func "+test[1]+"(") {
+				t.Errorf("%s: there is no %s", name, test[1])
+			}
 		}
+		for _, link := range regexp.MustCompile(`\]\(([^)#:]+)[#)]`).FindAllStringSubmatch(text, -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(name), link[1])); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	if n < 60 {
+		t.Errorf("the documents name %d tests only", n)
+	}
+}
+
+// TestAlterType: the way to change the type of a column that triggers look at.
+func TestAlterType(t *testing.T) {
+	block := regexp.MustCompile("(?s)```sql\n(BEGIN;.*?COMMIT;)\n```").FindStringSubmatch(document(t, "docs/operations.md"))
+	if block == nil {
+		t.Fatal("there is no such SQL")
+	}
+	pool := testservers.Postgres(t)
+	mustExec(t, pool, `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('k'))`)
+	mustExec(t, pool, block[1])
+	mustExec(t, pool, `TRUNCATE apikey_outbox`)
+	mustExec(t, pool, `SET session_replication_role = replica; UPDATE api_keys SET active = false; RESET session_replication_role`)
+	var waiting int
+	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox`).Scan(&waiting); err != nil || waiting != 1 {
+		t.Errorf("%d changes wait to be announced, %v, want 1", waiting, err)
 	}
 }
 
 // TestReadmeScanner: the pattern for secret scanners finds keys, and no less.
 func TestReadmeScanner(t *testing.T) {
-	pattern := regexp.MustCompile("`(.btpk_.*)`").FindStringSubmatch(readme(t))
+	pattern := regexp.MustCompile("`(.btpk_[^`]*)`").FindStringSubmatch(document(t, "docs/security.md"))
 	if pattern == nil {
-		t.Fatal("the README has no pattern for scanners")
+		t.Fatal("there is no pattern for scanners")
 	}
 	scanner := regexp.MustCompile(pattern[1])
 	for _, env := range []keyformat.Environment{keyformat.Live, keyformat.Test} {

@@ -4,12 +4,14 @@ package main
 // nothing half done.
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/url"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -142,6 +144,51 @@ func TestEverydayErrors(t *testing.T) {
 			t.Errorf("version prints %q", out)
 		}
 	})
+}
+
+// TestRoles: the roles of the documents are enough for the commands that they are for.
+func TestRoles(t *testing.T) {
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner := testservers.PostgresURL(t)
+	pool := testservers.Pool(t, owner)
+	as := func(role string) shell {
+		block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE " + role + ".*?)```").FindSubmatch(text)
+		if block == nil {
+			t.Fatalf("there is no SQL that creates %s", role)
+		}
+		name := role + "_" + strings.ToLower(pool.Config().ConnConfig.Database[12:])
+		sql := strings.ReplaceAll(string(block[1]), role, name) + "; ALTER ROLE " + name + " PASSWORD 'p'"
+		if _, err := pool.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_, _ = testservers.Pool(t, owner).Exec(context.Background(), "DROP OWNED BY "+name+"; DROP ROLE "+name)
+		})
+		u, err := url.Parse(owner)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.User = url.UserPassword(name, "p")
+		return shell{databaseURL: u.String()}
+	}
+	admin, reader := as("apikey_admin"), as("apikey_reader")
+	admin.must(t, "", "plan", "define", "--tier", "starter", "--api")
+	admin.must(t, "", "plan", "set", "--org", "acme", "--tier", "starter")
+	made := decode[keyJSON](t, admin, "", "keys", "create", "--org", "acme")
+	made = decode[keyJSON](t, admin, "", "keys", "rotate", "--org", "acme", "--id", made.ID)
+	admin.must(t, "a-key-from-elsewhere", "keys", "import", "--org", "acme")
+	for _, args := range [][]string{
+		{"keys", "list", "--org", "acme"}, {"keys", "deactivate", "--org", "acme", "--id", made.ID}, {"keys", "activate", "--org", "acme", "--id", made.ID},
+		{"explain", "--id", made.ID}, {"plan", "show", "--org", "acme"}, {"doctor"}, {"keys", "prune"}, {"keys", "delete", "--org", "acme", "--id", made.ID}, {"migrate"},
+	} {
+		admin.must(t, "", args...)
+	}
+	reader.must(t, "", "doctor")
+	reader.must(t, "", "migrate") // nothing is missing
+	reader.refuse(t, "", "this role may not do that", "keys", "list", "--org", "acme")
 }
 
 // TestRedisAsItIs: a cluster, and a user who may only do what a cache does.

@@ -188,7 +188,7 @@ func advice(err error) string {
 	case "42703", "42883": // undefined_column, undefined_function
 		return "the tables are older than this program: run 'apikey migrate'"
 	case "42501": // insufficient_privilege
-		return "this role may not do that: see the roles in the README"
+		return "this role may not do that: docs/operations.md has the roles"
 	case "3D000": // invalid_catalog_name
 		return "create the database, or name another one in the URL"
 	case "28P01", "28000": // invalid_password, invalid_authorization_specification
