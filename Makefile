@@ -2,7 +2,7 @@
 
 MODULES  = . examples otel bench
 LINT     = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
-FUZZ     = FuzzBearerKey:. FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
+FUZZ     = FuzzKey:./internal/bearer FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
 FUZZTIME = 50000x
 
 SOAK     = 2m

@@ -12,7 +12,6 @@ import (
 
 // What the tests look at that users do not.
 var (
-	BearerKey     = bearerKey
 	KeySQL        = keySQL.both()
 	KeyAndPlanSQL = keyAndPlanSQL.both()
 	PlanSQL       = planSQL.both()

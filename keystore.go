@@ -22,6 +22,7 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/trackpilots/apikey/internal/bearer"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/lastused"
@@ -263,12 +264,11 @@ func lookUp[S any](ctx context.Context, on oneTrip, sql lookupSQL, subjects []S,
 		conn.PgConn().CustomData()[directKey] = true
 	}
 	snapshot.ReportOrigin(ctx, origin)
-	switch {
-	case server == 0:
+	if server == 0 {
 		snapshot.ReportStandby(ctx)
-	default:
-		snapshot.Report(ctx, stamp, server)
+		return nil
 	}
+	snapshot.Report(ctx, stamp, server)
 	return nil
 }
 
@@ -464,8 +464,8 @@ func newSecret(env Environment) (Secret, KeyHash, string) {
 // [*InputError], [ErrKeyExists], whosever it is, and [ErrKeyLimit].
 func (s *PostgresKeyStore) Import(ctx context.Context, orgID, key string, k NewKey) (KeyInfo, error) {
 	switch {
-	case len(key) < minKeyLen || len(key) > maxKeyLen || !isToken68(key):
-		return KeyInfo{}, &InputError{"key", fmt.Sprintf("use %d to %d of the characters A-Z a-z 0-9 - . _ ~ + /, and = at the end only", minKeyLen, maxKeyLen)}
+	case len(key) < minKeyLen || len(key) > bearer.MaxKeyLen || !bearer.IsToken68(key):
+		return KeyInfo{}, &InputError{"key", fmt.Sprintf("use %d to %d of the characters A-Z a-z 0-9 - . _ ~ + /, and = at the end only", minKeyLen, bearer.MaxKeyLen)}
 	case !keyformat.Plausible(key):
 		return KeyInfo{}, &InputError{"key", "it begins like a key of ours, but its checksum is wrong: look for a typing error"}
 	}

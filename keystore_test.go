@@ -107,7 +107,7 @@ func TestStoresCouldNotLook(t *testing.T) {
 	}
 	closed.Close()
 	empty := testservers.Postgres(t)
-	mustExec(t, empty, `DROP TABLE api_keys, org_plans`)
+	mustExec(t, empty, `DROP TABLE api_keys, api_key_uses, org_plans`)
 
 	for name, c := range map[string]struct {
 		ctx context.Context

@@ -33,9 +33,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 	"time"
 
+	"github.com/trackpilots/apikey/internal/bearer"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/readthrough"
@@ -249,9 +249,9 @@ func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 // tells where its facts were found. It reads the clock once for all that is known
 // here, since that costs as much as finding it.
 func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error) {
-	apiKey, err := bearerKey(r.Header["Authorization"])
-	if err != nil {
-		return org, "", err
+	apiKey, fault := bearer.Key(r.Header["Authorization"])
+	if fault != bearer.None {
+		return org, "", headerFaults[fault]
 	}
 
 	hash, now := HashKey(apiKey), time.Now()
@@ -301,52 +301,13 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 
 func unavailable(cause error) error { return fmt.Errorf("%w: %w", ErrUnavailable, cause) }
 
-// maxKeyLen is the length in bytes from which on a key is refused unread.
-const maxKeyLen = 512
-
-// bearerKey takes the key out of the values of the Authorization field
-// (RFC 6750, section 2.1; RFC 9110, section 11.4). Several values are judged as
-// the one that RFC 9110, section 5.3, says they are equal to, and so never pass.
-func bearerKey(values []string) (string, error) {
-	if len(values) == 0 {
-		return "", ErrAuthorizationHeaderMissing
-	}
-	// Blanks around the value are no part of it (RFC 9110, section 5.5). Servers trim
-	// them on HTTP/1.1, but not on HTTP/2.
-	scheme, key, more := strings.Cut(strings.Trim(strings.Join(values, ", "), " \t"), " ")
-	if !strings.EqualFold(scheme, "Bearer") {
-		if more && strings.EqualFold(scheme, "Bearer,") {
-			return "", ErrInvalidAPIKey // a list whose first member is a bare Bearer
-		}
-		return "", ErrInvalidAPIKeySchema
-	}
-	key = strings.TrimLeft(key, " ")
-	switch {
-	case len(key) <= maxKeyLen && isToken68(key):
-		return key, nil
-	case key == "":
-		return "", ErrAPIKeyMissing
-	}
-	return "", ErrInvalidAPIKey
+// headerFaults are the refusals of requests without a well-formed key.
+var headerFaults = map[bearer.Fault]*Error{
+	bearer.Missing: ErrAuthorizationHeaderMissing,
+	bearer.Scheme:  ErrInvalidAPIKeySchema,
+	bearer.NoKey:   ErrAPIKeyMissing,
+	bearer.Invalid: ErrInvalidAPIKey,
 }
-
-// isToken68 reports whether s is a token68 (RFC 9110, section 11.2).
-func isToken68(s string) bool {
-	s = strings.TrimRight(s, "=")
-	for _, c := range []byte(s) {
-		if !token68[c] {
-			return false
-		}
-	}
-	return s != ""
-}
-
-var token68 = func() (set [256]bool) {
-	for _, c := range []byte("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-._~+/") {
-		set[c] = true
-	}
-	return set
-}()
 
 // orgContext is a context.WithValue for the one value, in one allocation.
 type orgContext struct {

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -406,47 +405,6 @@ func TestNoLookups(t *testing.T) {
 			}
 		})
 	}
-}
-
-// FuzzBearerKey compares the parser with its grammar.
-func FuzzBearerKey(f *testing.F) {
-	for _, c := range requestCases() {
-		values := c.header()["Authorization"]
-		f.Add(strings.Join(values, "\n"), len(values) > 0)
-	}
-	grammar := regexp.MustCompile(`^(?i:bearer) +([0-9A-Za-z._~+/-]+=*)$`)
-	noKey := regexp.MustCompile(`^(?i:bearer)$`)
-	bearer := regexp.MustCompile(`^(?i:bearer),? `)
-	f.Fuzz(func(t *testing.T, text string, present bool) {
-		var values []string
-		if present {
-			values = strings.Split(text, "\n")
-		}
-		joined := regexp.MustCompile(`^[ \t]*|[ \t]*$`).ReplaceAllString(strings.Join(values, ", "), "")
-		got, err := apikey.BearerKey(values)
-
-		var wantKey string
-		var want error
-		match := grammar.FindStringSubmatch(joined)
-		switch {
-		case !present:
-			want = apikey.ErrAuthorizationHeaderMissing
-		case match != nil && len(match[1]) <= 512:
-			wantKey = match[1]
-		case noKey.MatchString(joined):
-			want = apikey.ErrAPIKeyMissing
-		case bearer.MatchString(joined):
-			want = apikey.ErrInvalidAPIKey
-		default:
-			want = apikey.ErrInvalidAPIKeySchema
-		}
-		if !errors.Is(err, want) || got != wantKey {
-			t.Errorf("bearerKey(%q) = %q, %v, want %q, %v", values, got, err, wantKey, want)
-		}
-		if len(values) > 1 && err == nil {
-			t.Errorf("a repeated header authenticates: %q", values)
-		}
-	})
 }
 
 func TestAuthenticate(t *testing.T) {

@@ -47,11 +47,11 @@ func (s *subject) announced(cache *apikey.Cache, server snapshot.Server) int {
 	defer s.mu.Unlock()
 	for i := len(s.versions) - 1; i >= 0; i-- {
 		v := s.versions[i]
-		before, err := snapshot.Parse(fmt.Sprintf("%d:%d:", v.xid, v.xid)) // has seen all but v
+		allBut, err := snapshot.Parse(fmt.Sprintf("%d:%d:%d", v.xid, uint64(1)<<62, v.xid)) // has seen all but v
 		if err != nil {
 			panic(err)
 		}
-		if cache.Log().Refuted(before.On(server), keyTopic(s.hash)) {
+		if cache.Log().Refuted(allBut.On(server), keyTopic(s.hash)) {
 			return v.number
 		}
 	}

@@ -280,8 +280,11 @@ func TestInterrupted(t *testing.T) {
 		if err := cmd.Process.Signal(os.Interrupt); err != nil {
 			t.Fatal(err)
 		}
-		ended := make(chan error, 1)
-		go func() { _, err := cmd.Process.Wait(); ended <- err }()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = cmd.Process.Wait()
+		}()
 		select {
 		case <-ended:
 		case <-time.After(10 * time.Second):

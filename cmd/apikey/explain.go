@@ -219,7 +219,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 	}
 	defer rdb.Close()
 	if !regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`).MatchString(namespace) {
-		return fmt.Errorf("--namespace %q: use up to 64 of the characters A-Z a-z 0-9 - _ .", namespace)
+		return fmt.Errorf("--namespace %q: use up to 64 of the characters A-Z a-z 0-9 . - _", namespace)
 	}
 	cache := apikey.NewCache(rdb, []byte(secret), &apikey.CacheOptions{Namespace: namespace, RedisTimeout: connectTimeout})
 	var withKey apikey.CachedRecord[apikey.Plan] // the plan in the record of the key

@@ -69,11 +69,10 @@ func newRedis(redisURL string) (redis.UniversalClient, error) {
 
 // checkRedis does what a cache does.
 func checkRedis(ctx context.Context, rdb redis.UniversalClient) finding {
-	start := time.Now()
 	err := rdb.Set(ctx, probeName, "ok", time.Second).Err()
 	var took time.Duration
 	if err == nil {
-		start = time.Now() // it is connected now
+		start := time.Now() // it is connected now
 		err = rdb.Get(ctx, probeName).Err()
 		took = time.Since(start).Round(10 * time.Microsecond)
 	}

@@ -171,8 +171,9 @@ func (r *Records) getBatch(ctx context.Context, names []string) ([]reply, error)
 // for name.
 func (r *Records) failed(err error, name string) {
 	r.fault.Store(&err)
-	timeout, is := errors.AsType[net.Error](err)
-	if !errors.Is(err, context.DeadlineExceeded) && !(is && timeout.Timeout()) || !r.connecting.CompareAndSwap(false, true) {
+	network, is := errors.AsType[net.Error](err)
+	timeout := errors.Is(err, context.DeadlineExceeded) || is && network.Timeout()
+	if !timeout || !r.connecting.CompareAndSwap(false, true) {
 		return
 	}
 	var all sync.WaitGroup
