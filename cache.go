@@ -27,6 +27,7 @@ import (
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/lastused"
+	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/readthrough"
 	"github.com/trackpilots/apikey/internal/sealed"
 	"github.com/trackpilots/apikey/internal/shared"
@@ -228,7 +229,7 @@ type keyFacts struct {
 func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cache {
 	o := opts.withDefaults()
 	switch {
-	case isNil(rdb):
+	case pg.IsNil(rdb):
 		panic("apikey: NewCache: rdb is nil: pass a Redis client")
 	case !honoursContext(rdb):
 		panic("apikey: NewCache: set ContextTimeoutEnabled: true in the options of the Redis client; " +
@@ -277,7 +278,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 			t := feed.KeyTopic(keyID(h))
 			return t, t
 		},
-		Admits: func(k *keyFacts, now time.Time) bool { return k.live(now) },
+		Admits: func(k *keyFacts, now time.Time) bool { return k.Live(now) },
 		Same:   func(a, b *keyFacts) bool { return a.equal(b.Key) },
 		Append: appendKey,
 		Decode: c.decodeKey,
@@ -400,7 +401,7 @@ func inspected[F any, V Key | Plan](name string, rec *readthrough.Record[F], err
 // records, so they must hold the same keys. A [BatchKeyStore] is asked for many keys
 // at once. It panics if next is nil.
 func (c *Cache) Keys(next KeyStore) KeyStore {
-	if isNil(next) {
+	if pg.IsNil(next) {
 		panic("apikey: Cache.Keys: next is nil: pass the KeyStore to read through to")
 	}
 	return cachedKeys{c, next, readthrough.NewStore(c.keys, keyReader(next))}
@@ -410,7 +411,7 @@ func (c *Cache) Keys(next KeyStore) KeyStore {
 // records, so they must hold the same plans. A [BatchPlanStore] is asked for many
 // plans at once. It panics if next is nil.
 func (c *Cache) Plans(next PlanStore) PlanStore {
-	if isNil(next) {
+	if pg.IsNil(next) {
 		panic("apikey: Cache.Plans: next is nil: pass the PlanStore to read through to")
 	}
 	return cachedPlans{cache: c, next: next, store: readthrough.NewStore(c.plans, planReader(next))}
@@ -447,7 +448,7 @@ func (k cachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[k
 func (k cachedKeys) joined(p cachedPlans) cachedKeys {
 	keys, ok1 := k.next.(*PostgresKeyStore)
 	plans, ok2 := p.next.(*PostgresPlanStore)
-	if ok1 && ok2 && sameDB(keys.db.db, plans.db.db) {
+	if ok1 && ok2 && sameDB(keys.db.DB, plans.db.DB) {
 		k.store = readthrough.NewStore(k.cache.keys, k.cache.joinedReader(keys))
 	}
 	return k

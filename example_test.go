@@ -229,69 +229,6 @@ func ExamplePlan_AllowsAPI() {
 	// Output: true false
 }
 
-// A key is made together with what else belongs to it, or not at all. It is shown
-// once.
-func ExamplePostgresKeyStore_Create() {
-	ctx := context.Background()
-	var pool *pgxpool.Pool // the service's own
-	var shown string
-	err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
-		info, secret, err := apikey.NewPostgresKeyStore(tx).Create(ctx, "org_1", apikey.NewKey{Name: "CI"})
-		if err != nil {
-			return err
-		}
-		shown = secret.Reveal()
-		_, err = tx.Exec(ctx, `INSERT INTO audit (what, key_id) VALUES ('created', $1)`, info.ID)
-		return err
-	})
-	switch {
-	case errors.Is(err, apikey.ErrKeyLimit):
-		fmt.Println("delete some keys first")
-	case err != nil:
-		log.Fatal(err)
-	}
-	fmt.Println(shown)
-}
-
-// The old key lives on for a day, so that clients can change over.
-func ExamplePostgresKeyStore_Rotate() {
-	ctx := context.Background()
-	var pool *pgxpool.Pool // the service's own
-	_, secret, err := apikey.NewPostgresKeyStore(pool).Rotate(ctx, "org_1", "the id of the old key", time.Now().Add(24*time.Hour), apikey.NewKey{})
-	if err != nil {
-		log.Fatal(err)
-	}
-	fmt.Println(secret.Reveal())
-}
-
-func ExamplePostgresKeyStore_List() {
-	ctx := context.Background()
-	var pool *pgxpool.Pool // the service's own
-	keys := apikey.NewPostgresKeyStore(pool)
-	for page := (apikey.Page{Limit: 100}); ; {
-		list, next, err := keys.List(ctx, "org_1", page)
-		if err != nil {
-			log.Fatal(err)
-		}
-		for _, k := range list {
-			fmt.Println(k.ID, k.Hint, k.State(time.Now()))
-		}
-		if page.After = next; next == "" {
-			break
-		}
-	}
-}
-
-// What billing does when an invoice is paid.
-func ExamplePostgresPlanStore_Subscribe() {
-	ctx := context.Background()
-	var pool *pgxpool.Pool // billing's own
-	plans := apikey.NewPostgresPlanStore(pool)
-	if err := plans.Subscribe(ctx, "org_1", "starter", apikey.PlanActive, time.Now().AddDate(0, 1, 0)); err != nil {
-		log.Fatal(err)
-	}
-}
-
 // When keys were last used is written off the request path, and at the end.
 func ExampleNewLastUsed() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/snapshot"
@@ -44,9 +45,9 @@ func TestConformance(t *testing.T) {
 			mustExec(t, pool, `DELETE FROM api_keys WHERE key_hash = $1`, h[:])
 		},
 	})
-	plans := apikey.NewPostgresPlanStore(pool)
+	plans := admin.NewPlans(pool)
 	apikeytest.TestPlanStore(t, apikeytest.Plans{
-		Store: plans,
+		Store: apikey.NewPostgresPlanStore(pool),
 		Put: func(t *testing.T, orgID string, p apikey.Plan) {
 			mustNot(t, plans.Subscribe(t.Context(), orgID, p.Name, p.Status, p.EndsAt))
 		},

@@ -21,7 +21,9 @@
 // the process and in Redis, each with the time and the Postgres snapshot it was
 // read in, and judges them when they are used: a fact that a change has overtaken
 // is read again. [Cache.Watch] hears of the changes, which the database announces
-// itself, so a plain UPDATE takes effect on every replica within milliseconds.
+// itself, so a plain UPDATE takes effect on every replica within some 20 milliseconds.
+//
+// Keys are made and looked after by package admin, by whoever issues them.
 package apikey
 
 // The way in: header -> key -> plan -> organisation in the context, or a refusal.
@@ -38,6 +40,7 @@ import (
 	"github.com/trackpilots/apikey/internal/bearer"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/readthrough"
 )
 
@@ -153,7 +156,7 @@ func (s uncachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.R
 // New returns a Middleware on the two stores; opts may be nil. It panics on a nil
 // store and on options that cannot work.
 func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
-	if isNil(keys) || isNil(plans) {
+	if pg.IsNil(keys) || pg.IsNil(plans) {
 		panic("apikey: New: a store is nil: pass a KeyStore and a PlanStore")
 	}
 	m := &Middleware{keys: uncachedKeys{keys}, plans: uncachedPlans{plans}}
@@ -195,7 +198,7 @@ func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
 // tend to answer 404 and 405 without the middleware that is mounted inside them.
 // CORS belongs outside: a preflight carries no key.
 func (m *Middleware) Handler(next http.Handler) http.Handler {
-	if isNil(next) {
+	if pg.IsNil(next) {
 		panic("apikey: Middleware.Handler: next is nil: pass the handler to protect")
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -277,7 +280,7 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 		return org, source, unavailable(errors.New("apikey: the KeyStore returned a key without OrgID"))
 	}
 	org.ID, org.KeyID = facts.OrgID, facts.ID
-	if !facts.live(now) {
+	if !facts.Live(now) {
 		return org, source, ErrInvalidAPIKey // before the plan: a dead key learns nothing of it
 	}
 

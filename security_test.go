@@ -23,6 +23,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -241,7 +242,7 @@ func TestReaderRole(t *testing.T) {
 	}
 	mustExec(t, w.pool, strings.ReplaceAll(block[2], "apikey_reader", role))
 	mustNot(t, record())
-	if info, _, err := w.Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
+	if info, _, err := admin.NewKeys(w.pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
 		t.Errorf("last used %v, %v", info.LastUsedAt, err)
 	}
 }

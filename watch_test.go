@@ -24,6 +24,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/snapshot"
@@ -583,18 +584,19 @@ func TestExecModes(t *testing.T) {
 				_, org := w.enrol(t, unknown, paid)
 				orgID := org.ID
 				for range 3 {
-					info, secret, err := keys.Create(t.Context(), orgID, apikey.NewKey{Name: "n"})
+					ours, tiers := admin.NewKeys(pool), admin.NewPlans(pool)
+					info, secret, err := ours.Create(t.Context(), orgID, admin.NewKey{Name: "n"})
 					if err != nil {
 						t.Fatal(err)
 					}
-					_, _, err = keys.Rotate(t.Context(), orgID, info.ID, time.Now().Add(time.Hour), apikey.NewKey{})
-					_, _, err2 := keys.List(t.Context(), orgID, apikey.Page{})
-					_, err3 := keys.Import(t.Context(), orgID, rand.Text(), apikey.NewKey{ExpiresAt: time.Now().Add(time.Hour)})
-					_, _, err4 := keys.FindHash(t.Context(), apikey.HashKey(secret.Reveal()))
-					err = errors.Join(err, err2, err3, err4, keys.Deactivate(t.Context(), orgID, info.ID), keys.Activate(t.Context(), orgID, info.ID),
-						keys.Expire(t.Context(), orgID, info.ID, time.Time{}), keys.Delete(t.Context(), orgID, info.ID),
-						plans.DefineTier(t.Context(), "tier", true), plans.Subscribe(t.Context(), orgID, "tier", apikey.PlanActive, time.Time{}),
-						plans.SetTier(t.Context(), orgID, starter), plans.SetStatus(t.Context(), orgID, apikey.PlanPastDue), plans.SetEnd(t.Context(), orgID, time.Now()))
+					_, _, err = ours.Rotate(t.Context(), orgID, info.ID, time.Now().Add(time.Hour), admin.NewKey{})
+					_, _, err2 := ours.List(t.Context(), orgID, admin.Page{})
+					_, err3 := ours.Import(t.Context(), orgID, rand.Text(), admin.NewKey{ExpiresAt: time.Now().Add(time.Hour)})
+					_, _, err4 := ours.FindHash(t.Context(), apikey.HashKey(secret.Reveal()))
+					err = errors.Join(err, err2, err3, err4, ours.Deactivate(t.Context(), orgID, info.ID), ours.Activate(t.Context(), orgID, info.ID),
+						ours.Expire(t.Context(), orgID, info.ID, time.Time{}), ours.Delete(t.Context(), orgID, info.ID),
+						tiers.DefineTier(t.Context(), "tier", true), tiers.Subscribe(t.Context(), orgID, "tier", apikey.PlanActive, time.Time{}),
+						tiers.SetTier(t.Context(), orgID, starter), tiers.SetStatus(t.Context(), orgID, apikey.PlanPastDue), tiers.SetEnd(t.Context(), orgID, time.Now()))
 					if err != nil {
 						t.Error(err)
 					}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -20,7 +21,7 @@ func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 func Example() {
 	store := apikeytest.NewStore()
 	store.Subscribe("org_1", apikeytest.Paid())
-	id, key := store.Create("org_1", apikey.NewKey{})
+	id, key := store.Create("org_1", admin.NewKey{})
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/things", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "three things") })
@@ -73,7 +74,7 @@ func TestStore(t *testing.T) {
 func TestLife(t *testing.T) {
 	store := apikeytest.NewStore()
 	auth := apikey.New(store, store, nil)
-	id, key := store.Create("org_1", apikey.NewKey{Environment: apikey.EnvironmentTest})
+	id, key := store.Create("org_1", admin.NewKey{Environment: admin.EnvironmentTest})
 	for i, c := range []struct {
 		change func()
 		want   error

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 )
 
@@ -104,13 +105,13 @@ func (s *Store) Fail(err error) {
 // Create makes a key for an organisation and returns its id, and the key itself as
 // a client sends it. Unlike that of PostgreSQL, this store takes expiries that
 // have passed.
-func (s *Store) Create(orgID string, k apikey.NewKey) (id, key string) {
-	key = keyformat.New(keyformat.Environment(cmp.Or(k.Environment, apikey.EnvironmentLive)))
+func (s *Store) Create(orgID string, k admin.NewKey) (id, key string) {
+	key = keyformat.New(keyformat.Environment(cmp.Or(k.Environment, admin.EnvironmentLive)))
 	return s.Import(orgID, key, k), key
 }
 
 // Import takes in a key that is known already, and returns its id.
-func (s *Store) Import(orgID, key string, k apikey.NewKey) (id string) {
+func (s *Store) Import(orgID, key string, k admin.NewKey) (id string) {
 	return s.put(apikey.HashKey(key), apikey.Key{OrgID: orgID, Active: true, ExpiresAt: k.ExpiresAt})
 }
 

@@ -31,6 +31,7 @@ import (
 	"k8s.io/apiserver/pkg/authentication/user"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
@@ -41,8 +42,8 @@ const ttl = time.Minute
 type environment struct {
 	databaseURL, redisURL string
 	owner                 *pgxpool.Pool
-	keys                  *apikey.PostgresKeyStore
-	plans                 *apikey.PostgresPlanStore
+	keys                  *admin.Keys
+	plans                 *admin.Plans
 
 	mu    sync.Mutex
 	orgID string
@@ -54,8 +55,8 @@ func newEnvironment(t testing.TB) *environment {
 	rdb := testservers.StartRedis(t)
 	e.redisURL = rdb.URL
 	e.owner = testservers.Pool(t, e.databaseURL)
-	e.keys = apikey.NewPostgresKeyStore(e.owner)
-	e.plans = apikey.NewPostgresPlanStore(e.owner)
+	e.keys = admin.NewKeys(e.owner)
+	e.plans = admin.NewPlans(e.owner)
 	if err := e.plans.DefineTier(t.Context(), "starter", true); err != nil {
 		t.Fatal(err)
 	}
@@ -71,16 +72,16 @@ func newEnvironment(t testing.TB) *environment {
 // many as it may have. Most keys share an organisation: keys with one each would be
 // truer, and cost a second lookup that the peers, which ask for both at once, do not
 // have.
-func (e *environment) newKey(t testing.TB) (key string, info apikey.KeyInfo) {
+func (e *environment) newKey(t testing.TB) (key string, info admin.KeyInfo) {
 	t.Helper()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	key = rand.Text() + rand.Text()
-	info, err := e.keys.Import(t.Context(), e.orgID, key, apikey.NewKey{})
-	if e.orgID == "" || errors.Is(err, apikey.ErrKeyLimit) {
+	info, err := e.keys.Import(t.Context(), e.orgID, key, admin.NewKey{})
+	if e.orgID == "" || errors.Is(err, admin.ErrKeyLimit) {
 		e.orgID = "org_" + rand.Text()
 		if err = e.plans.Subscribe(t.Context(), e.orgID, "starter", apikey.PlanActive, time.Time{}); err == nil {
-			info, err = e.keys.Import(t.Context(), e.orgID, key, apikey.NewKey{})
+			info, err = e.keys.Import(t.Context(), e.orgID, key, admin.NewKey{})
 		}
 	}
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/rs/cors"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
@@ -74,7 +75,7 @@ func withRateLimit(auth *apikey.Middleware, mux http.Handler, requests int) http
 func TestRateLimit(t *testing.T) {
 	w := newWorld()
 	w.Subscribe("org_2", apikey.Plan{Name: "starter", Status: apikey.PlanActive, APIAccess: true})
-	_, second := w.Create("org_1", apikey.NewKey{})
+	_, second := w.Create("org_1", admin.NewKey{})
 	h := withRateLimit(apikey.New(w, w, nil), http.HandlerFunc(whoami), 3)
 	for i, c := range []struct {
 		key    string

@@ -14,6 +14,7 @@ import (
 	"github.com/pressly/goose/v3"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/testservers"
 	"github.com/trackpilots/apikey/migrations"
 )
@@ -68,8 +69,9 @@ func TestMigrationTools(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			keys := apikey.NewPostgresKeyStore(testservers.Pool(t, url))
-			info, secret, err := keys.Create(t.Context(), "org_1", apikey.NewKey{})
+			pool := testservers.Pool(t, url)
+			keys := apikey.NewPostgresKeyStore(pool)
+			info, secret, err := admin.NewKeys(pool).Create(t.Context(), "org_1", admin.NewKey{})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -21,6 +21,7 @@ import (
 	"github.com/labstack/echo/v5"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -99,9 +100,9 @@ type world struct {
 func newWorld() *world {
 	w := &world{Store: apikeytest.NewStore()}
 	w.Subscribe("org_1", apikeytest.Paid())
-	_, w.good = w.Create("org_1", apikey.NewKey{})
-	_, w.unpaid = w.Create("org_2", apikey.NewKey{})
-	id, dead := w.Create("org_1", apikey.NewKey{})
+	_, w.good = w.Create("org_1", admin.NewKey{})
+	_, w.unpaid = w.Create("org_2", admin.NewKey{})
+	id, dead := w.Create("org_1", admin.NewKey{})
 	w.Deactivate(id)
 	w.dead = dead
 	return w

@@ -97,18 +97,30 @@ func Missing(ctx context.Context, db DB) ([]string, error) {
 	for _, file := range files {
 		missing = append(missing, file.Name())
 	}
-	known, err := collect[bool](ctx, db, `SELECT to_regclass('apikey_migrations') IS NOT NULL`)
+	known, err := begun(ctx, db)
+	if err == nil && !known {
+		if err = foreign(ctx, db); err == nil {
+			return missing, nil
+		}
+		var since bool // another Apply may have come between
+		if since, _ = begun(ctx, db); since {
+			err = nil
+		}
+	}
 	if err != nil {
 		return nil, err
-	}
-	if !known[0] {
-		return missing, foreign(ctx, db)
 	}
 	applied, err := collect[string](ctx, db, `SELECT name FROM apikey_migrations`)
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(applied, name) }), nil
+}
+
+// begun reports whether Apply has been at work.
+func begun(ctx context.Context, db DB) (bool, error) {
+	is, err := collect[bool](ctx, db, `SELECT to_regclass('apikey_migrations') IS NOT NULL`)
+	return err == nil && is[0], err
 }
 
 // ErrOtherTool is the error of [Missing] and [Apply] for tables that are ours, but that

@@ -24,6 +24,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/testservers"
 	"github.com/trackpilots/apikey/otel"
@@ -77,8 +78,8 @@ func (s *service) ask(authorization string) map[attribute.Key]string {
 func (s *service) everything(t *testing.T) {
 	t.Helper()
 	s.store.Subscribe("org_1", apikeytest.Paid())
-	id, good := s.store.Create("org_1", apikey.NewKey{})
-	unpaidID, unpaid := s.store.Create("org_2", apikey.NewKey{})
+	id, good := s.store.Create("org_1", admin.NewKey{})
+	unpaidID, unpaid := s.store.Create("org_2", admin.NewKey{})
 	for _, c := range []struct {
 		authorization string
 		want          map[attribute.Key]string

@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
@@ -304,7 +304,7 @@ func TestRotateByCommand(t *testing.T) {
 		same bool
 	}{{nil, true}, {[]string{"--expires", "60d"}, false}, {[]string{"--expires", "never"}, false}} {
 		made := decode[keyJSON](t, s, "", slices.Concat([]string{"keys", "rotate", "--org", "acme", "--id", old.ID, "--overlap", "7d"}, c.args)...)
-		if !strings.HasPrefix(made.Key, "tpk_test_") || made.Environment != string(apikey.EnvironmentTest) {
+		if !strings.HasPrefix(made.Key, "tpk_test_") || made.Environment != string(admin.EnvironmentTest) {
 			t.Errorf("%v: another environment: %+v", c.args, made.Environment)
 		}
 		if same := made.ExpiresAt != nil && made.ExpiresAt.Equal(*old.ExpiresAt); same != c.same {

@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 )
 
 // An explanation is what is known of one key, and what follows.
@@ -103,7 +104,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 	e := new(explanation)
 	var verdict error
 	if id != "" {
-		info, h, err := keys.Find(ctx, id)
+		info, h, err := admin.NewKeys(pool).Find(ctx, id)
 		if errors.Is(err, apikey.ErrNotFound) {
 			return nil, fmt.Errorf("there is no key with this id; to look for a key itself, write it to standard input%w", errNotThere)
 		}
@@ -111,7 +112,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 			return nil, err
 		}
 		e.Header, e.hash = "not looked at: the key was given by its id", &h
-		e.Key = new(toJSON(info, apikey.Secret{}))
+		e.Key = new(toJSON(info, admin.Secret{}))
 		verdict = authenticate(ctx, apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
 			return keys.Key(ctx, h)
 		}), plans, "Bearer the-key-by-its-id")
@@ -124,8 +125,8 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 		e.Header = "a Bearer key, well-formed"
 		if e.hash == nil {
 			e.Header = "refused: " + reasonOfHeader(header, verdict)
-		} else if info, _, err := keys.FindHash(ctx, *e.hash); err == nil {
-			e.Key = new(toJSON(info, apikey.Secret{}))
+		} else if info, _, err := admin.NewKeys(pool).FindHash(ctx, *e.hash); err == nil {
+			e.Key = new(toJSON(info, admin.Secret{}))
 		} else if !errors.Is(err, apikey.ErrNotFound) {
 			return nil, err
 		}

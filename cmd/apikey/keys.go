@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/migrations"
 )
 
@@ -47,7 +48,7 @@ type keyJSON struct {
 	Key         string     `json:"key,omitempty"`
 }
 
-func toJSON(k apikey.KeyInfo, secret apikey.Secret) keyJSON {
+func toJSON(k admin.KeyInfo, secret admin.Secret) keyJSON {
 	return keyJSON{
 		k.ID, k.OrgID, k.Name, k.Hint, k.State(time.Now()), k.CreatedAt, orNull(k.ExpiresAt), orNull(k.LastUsedAt), string(k.Environment), secret.Reveal(),
 	}
@@ -66,11 +67,11 @@ func newKeyMaker(a *app, command, expires string) keyMaker {
 	return keyMaker{f, f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation"), f.String("name", "", "a `name` for people")}
 }
 
-func (m keyMaker) parseKey(args []string) (apikey.NewKey, error) {
+func (m keyMaker) parseKey(args []string) (admin.NewKey, error) {
 	if err := m.parse(args); err != nil {
-		return apikey.NewKey{}, err
+		return admin.NewKey{}, err
 	}
-	k := apikey.NewKey{Name: *m.name}
+	k := admin.NewKey{Name: *m.name}
 	if m.given("expires") {
 		at, err := m.instant("expires")
 		if err != nil {
@@ -83,11 +84,11 @@ func (m keyMaker) parseKey(args []string) (apikey.NewKey, error) {
 
 // show makes a key and prints it before that takes effect, so that no key is made, and
 // none ended, that nobody has seen.
-func (m keyMaker) show(ctx context.Context, makeKey func(*apikey.PostgresKeyStore) (apikey.KeyInfo, apikey.Secret, error)) error {
+func (m keyMaker) show(ctx context.Context, makeKey func(*admin.Keys) (admin.KeyInfo, admin.Secret, error)) error {
 	return withPostgres(ctx, *m.databaseURL, func(pool *pgxpool.Pool) error {
 		shown := false
 		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
-			info, secret, err := makeKey(apikey.NewPostgresKeyStore(tx))
+			info, secret, err := makeKey(admin.NewKeys(tx))
 			if err != nil {
 				return err
 			}
@@ -105,7 +106,7 @@ func (m keyMaker) show(ctx context.Context, makeKey func(*apikey.PostgresKeyStor
 }
 
 // printNew prints a key that was just made, with its secret.
-func (f *flagSet) printNew(info apikey.KeyInfo, secret apikey.Secret) error {
+func (f *flagSet) printNew(info admin.KeyInfo, secret admin.Secret) error {
 	return f.print(toJSON(info, secret), func(w io.Writer) {
 		row(w, "id", info.ID)
 		row(w, "expires", info.ExpiresAt)
@@ -122,9 +123,9 @@ func keysCreate(ctx context.Context, a *app, args []string) error {
 		return err
 	}
 	if *test {
-		k.Environment = apikey.EnvironmentTest
+		k.Environment = admin.EnvironmentTest
 	}
-	return f.show(ctx, func(store *apikey.PostgresKeyStore) (apikey.KeyInfo, apikey.Secret, error) {
+	return f.show(ctx, func(store *admin.Keys) (admin.KeyInfo, admin.Secret, error) {
 		return store.Create(ctx, *f.org, k)
 	})
 }
@@ -138,13 +139,13 @@ func keysList(ctx context.Context, a *app, args []string) error {
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		all := []keyJSON{}
-		for page := (apikey.Page{Limit: 1000}); ; {
-			keys, next, err := apikey.NewPostgresKeyStore(pool).List(ctx, *org, page)
+		for page := (admin.Page{Limit: 1000}); ; {
+			keys, next, err := admin.NewKeys(pool).List(ctx, *org, page)
 			if err != nil {
 				return err
 			}
 			for _, k := range keys {
-				all = append(all, toJSON(k, apikey.Secret{}))
+				all = append(all, toJSON(k, admin.Secret{}))
 			}
 			if page.After = next; next == "" {
 				break
@@ -167,19 +168,19 @@ func orZero(t *time.Time) time.Time {
 }
 
 func keysDeactivate(ctx context.Context, a *app, args []string) error {
-	return changeKey(ctx, a, args, "deactivate", (*apikey.PostgresKeyStore).Deactivate)
+	return changeKey(ctx, a, args, "deactivate", (*admin.Keys).Deactivate)
 }
 
 func keysActivate(ctx context.Context, a *app, args []string) error {
-	return changeKey(ctx, a, args, "activate", (*apikey.PostgresKeyStore).Activate)
+	return changeKey(ctx, a, args, "activate", (*admin.Keys).Activate)
 }
 
 func keysDelete(ctx context.Context, a *app, args []string) error {
-	return changeKey(ctx, a, args, "delete", (*apikey.PostgresKeyStore).Delete)
+	return changeKey(ctx, a, args, "delete", (*admin.Keys).Delete)
 }
 
 func changeKey(
-	ctx context.Context, a *app, args []string, verb string, change func(s *apikey.PostgresKeyStore, ctx context.Context, orgID, keyID string) error,
+	ctx context.Context, a *app, args []string, verb string, change func(s *admin.Keys, ctx context.Context, orgID, keyID string) error,
 ) error {
 	f := newFlags(a, "keys "+verb)
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
@@ -188,7 +189,7 @@ func changeKey(
 		return err
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
-		err := change(apikey.NewPostgresKeyStore(pool), ctx, *org, *id)
+		err := change(admin.NewKeys(pool), ctx, *org, *id)
 		if errors.Is(err, apikey.ErrNotFound) {
 			return noSuchKey(*org)
 		}
@@ -206,7 +207,7 @@ func keysRevoke(ctx context.Context, a *app, args []string) error {
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		return dryRun(ctx, pool, *dry, func(tx pgx.Tx) error {
-			n, err := apikey.NewPostgresKeyStore(tx).DeactivateAll(ctx, *org)
+			n, err := admin.NewKeys(tx).DeactivateAll(ctx, *org)
 			if err == nil {
 				fmt.Fprintf(a.stdout, "%d active keys of %s%s\n", n, *org, map[bool]string{true: " would be deactivated", false: " were deactivated"}[*dry])
 			}
@@ -230,7 +231,7 @@ func keysPrune(ctx context.Context, a *app, args []string) error {
 		for {
 			n := int64(0)
 			err := dryRun(ctx, pool, *dry, func(tx pgx.Tx) (err error) {
-				n, err = apikey.NewPostgresKeyStore(tx).Prune(ctx, before)
+				n, err = admin.NewKeys(tx).Prune(ctx, before)
 				return err
 			})
 			if err != nil {
@@ -276,7 +277,7 @@ func keysRotate(ctx context.Context, a *app, args []string) error {
 	if *overlap < 0 {
 		return f.misused("--overlap is negative: use 0s to end the old key at once")
 	}
-	return f.show(ctx, func(store *apikey.PostgresKeyStore) (apikey.KeyInfo, apikey.Secret, error) {
+	return f.show(ctx, func(store *admin.Keys) (admin.KeyInfo, admin.Secret, error) {
 		info, secret, err := store.Rotate(ctx, *f.org, *id, time.Now().Add(*overlap), k)
 		if errors.Is(err, apikey.ErrNotFound) {
 			err = noSuchKey(*f.org)
@@ -304,13 +305,13 @@ func keysImport(ctx context.Context, a *app, args []string) error {
 	return withPostgres(ctx, *f.databaseURL, func(pool *pgxpool.Pool) error {
 		imported := []keyJSON{}
 		err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
-			store := apikey.NewPostgresKeyStore(tx)
+			store := admin.NewKeys(tx)
 			for _, line := range lines {
 				info, err := importLine(ctx, store, *f.org, line.text, *hashed, k)
 				if err != nil {
 					return fmt.Errorf("line %d, and nothing was imported: %w", line.n, err) // without the line: it is a key
 				}
-				imported = append(imported, toJSON(info, apikey.Secret{}))
+				imported = append(imported, toJSON(info, admin.Secret{}))
 			}
 			return nil
 		})
@@ -326,13 +327,13 @@ func keysImport(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-func importLine(ctx context.Context, store *apikey.PostgresKeyStore, org, line string, hashed bool, k apikey.NewKey) (apikey.KeyInfo, error) {
+func importLine(ctx context.Context, store *admin.Keys, org, line string, hashed bool, k admin.NewKey) (admin.KeyInfo, error) {
 	if !hashed {
 		return store.Import(ctx, org, line, k)
 	}
 	h, err := hex.DecodeString(line)
 	if err != nil || len(h) != len(apikey.KeyHash{}) {
-		return apikey.KeyInfo{}, errors.New("a SHA-256 has 64 hexadecimal digits")
+		return admin.KeyInfo{}, errors.New("a SHA-256 has 64 hexadecimal digits")
 	}
 	return store.ImportHash(ctx, org, apikey.KeyHash(h), k)
 }
@@ -348,7 +349,7 @@ func planDefine(ctx context.Context, a *app, args []string) error {
 		return f.misused("say --api if the tier includes the API, or --api=false if it does not: that holds for all organisations on it")
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
-		return apikey.NewPostgresPlanStore(pool).DefineTier(ctx, *tier, *api)
+		return admin.NewPlans(pool).DefineTier(ctx, *tier, *api)
 	})
 }
 
@@ -380,8 +381,7 @@ func planSet(ctx context.Context, a *app, args []string) error {
 	}
 	return withPostgres(ctx, *databaseURL, func(pool *pgxpool.Pool) error {
 		return pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
-			store := apikey.NewPostgresPlanStore(tx)
-			p, err := store.Plan(ctx, *org)
+			p, err := apikey.NewPostgresPlanStore(tx).Plan(ctx, *org)
 			switch {
 			case errors.Is(err, apikey.ErrNotFound) && *tier == "":
 				return fmt.Errorf("organisation %q has no subscription: give --tier to make one%w", *org, errNotThere)
@@ -399,7 +399,7 @@ func planSet(ctx context.Context, a *app, args []string) error {
 			if f.given("ends") {
 				p.EndsAt = ends
 			}
-			return store.Subscribe(ctx, *org, p.Name, p.Status, p.EndsAt)
+			return admin.NewPlans(tx).Subscribe(ctx, *org, p.Name, p.Status, p.EndsAt)
 		})
 	})
 }

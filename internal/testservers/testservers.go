@@ -153,6 +153,14 @@ func Pool(tb testing.TB, url string) *pgxpool.Pool {
 	return pool
 }
 
+// Exec runs SQL.
+func Exec(tb testing.TB, pool *pgxpool.Pool, sql string, args ...any) {
+	tb.Helper()
+	if _, err := pool.Exec(context.WithoutCancel(tb.Context()), sql, args...); err != nil {
+		tb.Fatalf("%v\n%s", err, sql)
+	}
+}
+
 // RedisURL returns the URL of a Redis server that other tests use too: names and
 // secrets must be the test's own.
 func RedisURL(tb testing.TB) string {

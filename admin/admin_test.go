@@ -1,14 +1,13 @@
-package apikey_test
+package admin_test
 
 // Keys and plans from birth to death, by the stores: what the dashboard does.
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http/httptest"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -25,24 +25,59 @@ import (
 // wantInputError wants an InputError that names the field and says want.
 func wantInputError(t *testing.T, err error, field, want string) {
 	t.Helper()
-	if e, ok := errors.AsType[*apikey.InputError](err); !ok || e.Field != field || !strings.Contains(err.Error(), want) {
+	if e, ok := errors.AsType[*admin.InputError](err); !ok || e.Field != field || !strings.Contains(err.Error(), want) {
 		t.Errorf("%v, want an InputError of %s with %q in it", err, field, want)
 	}
 }
 
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
+
+// keys are the keys in a database, as they are looked after and as they are looked up.
+type keys struct {
+	*admin.Keys
+	*apikey.PostgresKeyStore
+}
+
+func newKeys(db apikey.DB) keys { return keys{admin.NewKeys(db), apikey.NewPostgresKeyStore(db)} }
+
+// plans are the same of plans.
+type plans struct {
+	*admin.Plans
+	*apikey.PostgresPlanStore
+}
+
+func newPlans(db apikey.DB) plans { return plans{admin.NewPlans(db), apikey.NewPostgresPlanStore(db)} }
+
+func mustNot(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// partOf returns eight characters of a key that are in text; "" if there are none.
+func partOf(text, key string) string {
+	for i := len("tpk_live_"); i+8 <= len(key); i++ {
+		if strings.Contains(text, key[i:i+8]) {
+			return key[i : i+8]
+		}
+	}
+	return ""
+}
+
 func TestCreate(t *testing.T) {
 	pool := testservers.Postgres(t)
-	s := apikey.NewPostgresKeyStore(pool)
+	s := newKeys(pool)
 	tomorrow := time.Now().Add(24 * time.Hour).UTC().Truncate(time.Microsecond)
-	for _, k := range []apikey.NewKey{
-		{}, {Name: "CI", Environment: apikey.EnvironmentTest}, {Name: strings.Repeat("ü", 255), ExpiresAt: tomorrow},
+	for _, k := range []admin.NewKey{
+		{}, {Name: "CI", Environment: admin.EnvironmentTest}, {Name: strings.Repeat("ü", 255), ExpiresAt: tomorrow},
 	} {
 		info, secret, err := s.Create(t.Context(), "org_1", k)
 		if err != nil {
 			t.Fatal(err)
 		}
 		key := secret.Reveal()
-		prefix := map[apikey.Environment]string{"": "tpk_live_", apikey.EnvironmentTest: "tpk_test_"}[k.Environment]
+		prefix := map[admin.Environment]string{"": "tpk_live_", admin.EnvironmentTest: "tpk_test_"}[k.Environment]
 		if !strings.HasPrefix(key, prefix) || !keyformat.Plausible(key) || len(key) != 58 {
 			t.Errorf("made %q", key)
 		}
@@ -56,7 +91,7 @@ func TestCreate(t *testing.T) {
 		}
 		var stored string
 		mustNot(t, pool.QueryRow(t.Context(), `SELECT string_agg(k::text, ' ') FROM api_keys k`).Scan(&stored))
-		if part := partOf(stored, []string{key}); part != "" {
+		if part := partOf(stored, key); part != "" {
 			t.Errorf("%s is in the database: %s", part, stored)
 		}
 		byID, h, err := s.Find(t.Context(), info.ID)
@@ -76,18 +111,18 @@ func TestCreate(t *testing.T) {
 
 	for _, c := range []struct {
 		org   string
-		key   apikey.NewKey
+		key   admin.NewKey
 		field string
 		want  string
 	}{
-		{"", apikey.NewKey{}, "organisation", "use 1 to 255 bytes"},
-		{strings.Repeat("o", 256), apikey.NewKey{}, "organisation", "use 1 to 255 bytes"},
-		{"o\x00", apikey.NewKey{}, "organisation", "UTF-8"},
-		{"o\xff", apikey.NewKey{}, "organisation", "UTF-8"},
-		{"o", apikey.NewKey{Name: strings.Repeat("n", 256)}, "name", "has 256 characters: use at most 255"},
-		{"o", apikey.NewKey{Name: "a\nb"}, "name", "without control characters"},
-		{"o", apikey.NewKey{Name: "\xff"}, "name", "UTF-8"},
-		{"o", apikey.NewKey{ExpiresAt: time.Now().Add(-time.Second)}, "expiry", "has passed"},
+		{"", admin.NewKey{}, "organisation", "use 1 to 255 bytes"},
+		{strings.Repeat("o", 256), admin.NewKey{}, "organisation", "use 1 to 255 bytes"},
+		{"o\x00", admin.NewKey{}, "organisation", "UTF-8"},
+		{"o\xff", admin.NewKey{}, "organisation", "UTF-8"},
+		{"o", admin.NewKey{Name: strings.Repeat("n", 256)}, "name", "has 256 characters: use at most 255"},
+		{"o", admin.NewKey{Name: "a\nb"}, "name", "without control characters"},
+		{"o", admin.NewKey{Name: "\xff"}, "name", "UTF-8"},
+		{"o", admin.NewKey{ExpiresAt: time.Now().Add(-time.Second)}, "expiry", "has passed"},
 	} {
 		_, secret, err := s.Create(t.Context(), c.org, c.key)
 		wantInputError(t, err, c.field, c.want)
@@ -99,13 +134,13 @@ func TestCreate(t *testing.T) {
 
 // TestSecretPrints: no verb, encoder or logger shows a secret, however deep.
 func TestSecretPrints(t *testing.T) {
-	_, secret, err := apikey.NewPostgresKeyStore(testservers.Postgres(t)).Create(t.Context(), "org_1", apikey.NewKey{})
+	_, secret, err := newKeys(testservers.Postgres(t)).Create(t.Context(), "org_1", admin.NewKey{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	type inner struct{ hidden apikey.Secret }
+	type inner struct{ hidden admin.Secret }
 	type outer struct {
-		Shown  apikey.Secret
+		Shown  admin.Secret
 		Deeper *inner
 		within map[string]any
 	}
@@ -123,7 +158,7 @@ func TestSecretPrints(t *testing.T) {
 	out.Write(encoded)
 	slog.New(slog.NewTextHandler(&out, nil)).Info("m", "s", secret, "v", value)
 	slog.New(slog.NewJSONHandler(&out, nil)).Info("m", "s", secret, "v", value)
-	if part := partOf(out.String(), []string{secret.Reveal()}); part != "" {
+	if part := partOf(out.String(), secret.Reveal()); part != "" {
 		t.Errorf("%s is shown in\n%s", part, out.String())
 	}
 	if !strings.Contains(out.String(), "[redacted]") || !strings.Contains(string(encoded), `"Shown":"[redacted]"`) {
@@ -132,10 +167,10 @@ func TestSecretPrints(t *testing.T) {
 }
 
 func TestImport(t *testing.T) {
-	s := apikey.NewPostgresKeyStore(testservers.Postgres(t))
+	s := newKeys(testservers.Postgres(t))
 	ours := keyformat.New(keyformat.Live)
 	for _, key := range []string{strings.Repeat("k", 16), strings.Repeat("k", 512), "sk_live_4eC39HqLyjWDarjtT1zdp7dc", "AZaz09-._~+/====", ours} {
-		info, err := s.Import(t.Context(), "org_1", key, apikey.NewKey{Name: "old"})
+		info, err := s.Import(t.Context(), "org_1", key, admin.NewKey{Name: "old"})
 		if err != nil {
 			t.Fatalf("%s: %v", key, err)
 		}
@@ -146,20 +181,20 @@ func TestImport(t *testing.T) {
 			t.Errorf("%s: Key = %+v, %v", key, found, err)
 		}
 		for _, org := range []string{"org_1", "org_2"} {
-			if _, err := s.Import(t.Context(), org, key, apikey.NewKey{}); !errors.Is(err, apikey.ErrKeyExists) {
+			if _, err := s.Import(t.Context(), org, key, admin.NewKey{}); !errors.Is(err, admin.ErrKeyExists) {
 				t.Errorf("a second time for %s: %v, want ErrKeyExists", org, err)
 			}
 		}
 	}
 	for _, key := range []string{"", strings.Repeat("k", 15), strings.Repeat("k", 513), "with blank in the middle", "ключключключключ", "================"} {
-		_, err := s.Import(t.Context(), "org_1", key, apikey.NewKey{})
+		_, err := s.Import(t.Context(), "org_1", key, admin.NewKey{})
 		wantInputError(t, err, "key", "use 16 to 512")
 	}
-	_, err := s.Import(t.Context(), "org_1", ours[:57]+"_", apikey.NewKey{})
+	_, err := s.Import(t.Context(), "org_1", ours[:57]+"_", admin.NewKey{})
 	wantInputError(t, err, "key", "checksum")
 
 	h := apikey.HashKey("known by its hash only")
-	info, err := s.ImportHash(t.Context(), "org_1", h, apikey.NewKey{})
+	info, err := s.ImportHash(t.Context(), "org_1", h, admin.NewKey{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,22 +205,22 @@ func TestImport(t *testing.T) {
 
 func TestList(t *testing.T) {
 	pool := testservers.Postgres(t)
-	s := apikey.NewPostgresKeyStore(pool)
+	s := newKeys(pool)
 	var want []string
 	for i := range 25 {
-		info, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{Name: fmt.Sprint(i)})
+		info, _, err := s.Create(t.Context(), "org_1", admin.NewKey{Name: fmt.Sprint(i)})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := s.Create(t.Context(), "org_2", apikey.NewKey{}); err != nil {
+		if _, _, err := s.Create(t.Context(), "org_2", admin.NewKey{}); err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, info.ID)
 	}
-	mustExec(t, pool, `UPDATE api_keys SET created_at = date_trunc('minute', created_at) WHERE name IN ('3', '4', '5', '6')`) // the same instant
+	testservers.Exec(t, pool, `UPDATE api_keys SET created_at = date_trunc('minute', created_at) WHERE name IN ('3', '4', '5', '6')`) // the same instant
 	for _, limit := range []int{0, 1, 7, 25, 1000} {
 		var got []string
-		for page := (apikey.Page{Limit: limit}); ; {
+		for page := (admin.Page{Limit: limit}); ; {
 			keys, next, err := s.List(t.Context(), "org_1", page)
 			if err != nil {
 				t.Fatal(err)
@@ -203,15 +238,15 @@ func TestList(t *testing.T) {
 			t.Errorf("by %d: %d keys, want each of %d once", limit, len(got), len(want))
 		}
 	}
-	if keys, next, err := s.List(t.Context(), "nobody", apikey.Page{}); len(keys) != 0 || next != "" || err != nil {
+	if keys, next, err := s.List(t.Context(), "nobody", admin.Page{}); len(keys) != 0 || next != "" || err != nil {
 		t.Errorf("List of nobody = %v, %q, %v", keys, next, err)
 	}
-	_, _, err := s.List(t.Context(), "org_1", apikey.Page{Limit: 1001})
+	_, _, err := s.List(t.Context(), "org_1", admin.Page{Limit: 1001})
 	wantInputError(t, err, "page limit", "use 1 to 1000")
-	_, _, err = s.List(t.Context(), "org_1", apikey.Page{Limit: -1})
+	_, _, err = s.List(t.Context(), "org_1", admin.Page{Limit: -1})
 	wantInputError(t, err, "page limit", "use 1 to 1000")
 	for _, after := range []string{"x", "1.x", "1.00000000-0000-0000-0000-00000000000", "'; DROP TABLE api_keys; --"} {
-		_, _, err = s.List(t.Context(), "org_1", apikey.Page{After: after})
+		_, _, err = s.List(t.Context(), "org_1", admin.Page{After: after})
 		wantInputError(t, err, "page", "unchanged")
 	}
 }
@@ -219,7 +254,7 @@ func TestList(t *testing.T) {
 // TestChangesOfKeys: what each change does to a key, and that another
 // organisation cannot make it.
 func TestChangesOfKeys(t *testing.T) {
-	s := apikey.NewPostgresKeyStore(testservers.Postgres(t))
+	s := newKeys(testservers.Postgres(t))
 	ctx, now := t.Context(), time.Now()
 	for _, c := range []struct {
 		name   string
@@ -232,10 +267,10 @@ func TestChangesOfKeys(t *testing.T) {
 		{"expire later", func(org, id string) error { return s.Expire(ctx, org, id, now.Add(time.Hour)) }, "active"},
 		{"never expire", func(org, id string) error { return s.Expire(ctx, org, id, time.Time{}) }, "active"},
 		{"delete", func(org, id string) error { return s.Delete(ctx, org, id) }, ""},
-		{"rotate", func(org, id string) error { _, _, err := s.Rotate(ctx, org, id, now, apikey.NewKey{}); return err }, "expired"},
+		{"rotate", func(org, id string) error { _, _, err := s.Rotate(ctx, org, id, now, admin.NewKey{}); return err }, "expired"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			info, _, err := s.Create(ctx, "org_1", apikey.NewKey{})
+			info, _, err := s.Create(ctx, "org_1", admin.NewKey{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -270,20 +305,20 @@ func TestChangesOfKeys(t *testing.T) {
 // TestRotateKeeps: the new key is what the old one was, unless something else is asked
 // for.
 func TestRotateKeeps(t *testing.T) {
-	s := apikey.NewPostgresKeyStore(testservers.Postgres(t))
+	s := newKeys(testservers.Postgres(t))
 	end, later := time.Now().Add(time.Hour).Truncate(time.Microsecond), time.Now().Add(2*time.Hour).Truncate(time.Microsecond)
 	for name, c := range map[string]struct {
-		change apikey.NewKey
+		change admin.NewKey
 		prefix string
 		end    time.Time
 	}{
-		"nothing":        {apikey.NewKey{}, "tpk_test_", end},
-		"a name":         {apikey.NewKey{Name: "other"}, "tpk_test_", end},
-		"a later end":    {apikey.NewKey{ExpiresAt: later}, "tpk_test_", later},
-		"no end":         {apikey.NewKey{NeverEnds: true}, "tpk_test_", time.Time{}},
-		"an environment": {apikey.NewKey{Environment: apikey.EnvironmentLive}, "tpk_live_", end},
+		"nothing":        {admin.NewKey{}, "tpk_test_", end},
+		"a name":         {admin.NewKey{Name: "other"}, "tpk_test_", end},
+		"a later end":    {admin.NewKey{ExpiresAt: later}, "tpk_test_", later},
+		"no end":         {admin.NewKey{NeverEnds: true}, "tpk_test_", time.Time{}},
+		"an environment": {admin.NewKey{Environment: admin.EnvironmentLive}, "tpk_live_", end},
 	} {
-		old, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{Environment: apikey.EnvironmentTest, ExpiresAt: end})
+		old, _, err := s.Create(t.Context(), "org_1", admin.NewKey{Environment: admin.EnvironmentTest, ExpiresAt: end})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -292,22 +327,22 @@ func TestRotateKeeps(t *testing.T) {
 			t.Errorf("%s: %+v, %v, want %s and an end at %v", name, made, err, c.prefix, c.end)
 		}
 	}
-	if _, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{NeverEnds: true, ExpiresAt: end}); err == nil {
+	if _, _, err := s.Create(t.Context(), "org_1", admin.NewKey{NeverEnds: true, ExpiresAt: end}); err == nil {
 		t.Error("a key that never ends has an end")
 	}
-	if _, _, err := s.Create(t.Context(), "org_1 ", apikey.NewKey{}); err == nil {
+	if _, _, err := s.Create(t.Context(), "org_1 ", admin.NewKey{}); err == nil {
 		t.Error("an organisation with a blank after its id has a key")
 	}
 }
 
 func TestRotate(t *testing.T) {
-	s := apikey.NewPostgresKeyStore(testservers.Postgres(t))
+	s := newKeys(testservers.Postgres(t))
 	ctx, now := t.Context(), time.Now().UTC().Truncate(time.Microsecond)
-	old, _, err := s.Create(ctx, "org_1", apikey.NewKey{Name: "CI"})
+	old, _, err := s.Create(ctx, "org_1", admin.NewKey{Name: "CI"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	made, secret, err := s.Rotate(ctx, "org_1", old.ID, now.Add(time.Hour), apikey.NewKey{})
+	made, secret, err := s.Rotate(ctx, "org_1", old.ID, now.Add(time.Hour), admin.NewKey{})
 	if err != nil || made.ID == old.ID || made.Name != "CI" || made.State(now) != "active" || !made.ExpiresAt.IsZero() {
 		t.Errorf("Rotate = %+v, %v", made, err)
 	}
@@ -319,7 +354,7 @@ func TestRotate(t *testing.T) {
 	}
 
 	// Rotating again does not prolong the old one.
-	named, _, err := s.Rotate(ctx, "org_1", old.ID, now.Add(2*time.Hour), apikey.NewKey{Name: "CD", ExpiresAt: now.Add(time.Hour)})
+	named, _, err := s.Rotate(ctx, "org_1", old.ID, now.Add(2*time.Hour), admin.NewKey{Name: "CD", ExpiresAt: now.Add(time.Hour)})
 	if err != nil || named.Name != "CD" || !named.ExpiresAt.Equal(now.Add(time.Hour)) {
 		t.Errorf("Rotate = %+v, %v", named, err)
 	}
@@ -330,23 +365,23 @@ func TestRotate(t *testing.T) {
 	if err := s.Deactivate(ctx, "org_1", made.ID); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.Rotate(ctx, "org_1", made.ID, now, apikey.NewKey{}); !errors.Is(err, apikey.ErrKeyDead) {
+	if _, _, err := s.Rotate(ctx, "org_1", made.ID, now, admin.NewKey{}); !errors.Is(err, admin.ErrKeyDead) {
 		t.Errorf("a deactivated key: %v, want ErrKeyDead", err)
 	}
-	_, _, err = s.Rotate(ctx, "org_1", named.ID, time.Time{}, apikey.NewKey{})
+	_, _, err = s.Rotate(ctx, "org_1", named.ID, time.Time{}, admin.NewKey{})
 	wantInputError(t, err, "until", "say when")
 
 	// At once, from several places: each gets a key.
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			if _, _, err := s.Rotate(ctx, "org_1", named.ID, now.Add(time.Minute), apikey.NewKey{}); err != nil {
+			if _, _, err := s.Rotate(ctx, "org_1", named.ID, now.Add(time.Minute), admin.NewKey{}); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 	wg.Wait()
-	if keys, _, err := s.List(ctx, "org_1", apikey.Page{}); err != nil || len(keys) != 11 {
+	if keys, _, err := s.List(ctx, "org_1", admin.Page{}); err != nil || len(keys) != 11 {
 		t.Errorf("%d keys, %v, want 11", len(keys), err)
 	}
 }
@@ -355,8 +390,8 @@ func TestRotate(t *testing.T) {
 // dead are forgotten; nobody else's.
 func TestManyKeys(t *testing.T) {
 	pool := testservers.Postgres(t)
-	s := apikey.NewPostgresKeyStore(pool)
-	mustExec(t, pool, `INSERT INTO api_keys (org_id, key_hash, active, expires_at)
+	s := newKeys(pool)
+	testservers.Exec(t, pool, `INSERT INTO api_keys (org_id, key_hash, active, expires_at)
 		SELECT 'org_' || i % 3, sha256(i::text::bytea), i % 4 > 0, CASE WHEN i % 5 = 0 THEN now() - i * interval '1 day' END FROM generate_series(1, 120) i`)
 	if n, err := s.DeactivateAll(t.Context(), "org_1"); n != 30 || err != nil {
 		t.Errorf("%d keys were deactivated, %v, want 30", n, err)
@@ -377,26 +412,26 @@ func TestManyKeys(t *testing.T) {
 
 func TestKeyLimit(t *testing.T) {
 	pool := testservers.Postgres(t)
-	s := apikey.NewPostgresKeyStore(pool)
-	mustExec(t, pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org_1', sha256(i::text::bytea) FROM generate_series(2, $1) i`, apikey.MaxKeysPerOrg)
-	last, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{})
+	s := newKeys(pool)
+	testservers.Exec(t, pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org_1', sha256(i::text::bytea) FROM generate_series(2, $1) i`, admin.MaxKeysPerOrg)
+	last, _, err := s.Create(t.Context(), "org_1", admin.NewKey{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{}); !errors.Is(err, apikey.ErrKeyLimit) || !strings.Contains(err.Error(), "1000 keys already: delete some") {
+	if _, _, err := s.Create(t.Context(), "org_1", admin.NewKey{}); !errors.Is(err, admin.ErrKeyLimit) || !strings.Contains(err.Error(), "1000 keys already: delete some") {
 		t.Errorf("Create = %v, want ErrKeyLimit", err)
 	}
-	if _, _, err := s.Rotate(t.Context(), "org_1", last.ID, time.Now(), apikey.NewKey{}); !errors.Is(err, apikey.ErrKeyLimit) {
+	if _, _, err := s.Rotate(t.Context(), "org_1", last.ID, time.Now(), admin.NewKey{}); !errors.Is(err, admin.ErrKeyLimit) {
 		t.Errorf("Rotate = %v, want ErrKeyLimit", err)
 	}
-	mustExec(t, pool, `UPDATE api_keys SET expires_at = now() WHERE id <> $1`, last.ID)
-	if _, _, err := s.Create(t.Context(), "org_1", apikey.NewKey{}); err != nil {
+	testservers.Exec(t, pool, `UPDATE api_keys SET expires_at = now() WHERE id <> $1`, last.ID)
+	if _, _, err := s.Create(t.Context(), "org_1", admin.NewKey{}); err != nil {
 		t.Errorf("Create = %v although all other keys have expired", err)
 	}
 	if key, _, err := s.Find(t.Context(), last.ID); err != nil || key.State(time.Now()) != "active" {
 		t.Errorf("a rotation that was refused has left the key %s, %v", key.State(time.Now()), err)
 	}
-	if _, _, err := s.Create(t.Context(), "org_2", apikey.NewKey{}); err != nil {
+	if _, _, err := s.Create(t.Context(), "org_2", admin.NewKey{}); err != nil {
 		t.Errorf("another organisation: %v", err)
 	}
 }
@@ -406,37 +441,37 @@ func TestKeyLimit(t *testing.T) {
 func TestTransaction(t *testing.T) {
 	pool := testservers.Postgres(t)
 	ctx := t.Context()
-	outside := apikey.NewPostgresKeyStore(pool)
-	existing, err := outside.Import(ctx, "org_0", "a-key-issued-elsewhere", apikey.NewKey{})
+	outside := newKeys(pool)
+	existing, err := outside.Import(ctx, "org_0", "a-key-issued-elsewhere", admin.NewKey{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	work := func(tx pgx.Tx) error {
-		keys, plans := apikey.NewPostgresKeyStore(tx), apikey.NewPostgresPlanStore(tx)
+		keys, plans := newKeys(tx), newPlans(tx)
 		refused := func(err, want error) {
 			if !errors.Is(err, want) {
 				t.Errorf("%v, want %v", err, want)
 			}
 		}
-		_, err := keys.Import(ctx, "org_1", "a-key-issued-elsewhere", apikey.NewKey{})
-		refused(err, apikey.ErrKeyExists)
+		_, err := keys.Import(ctx, "org_1", "a-key-issued-elsewhere", admin.NewKey{})
+		refused(err, admin.ErrKeyExists)
 		refused(keys.Deactivate(ctx, "org_1", existing.ID), apikey.ErrNotFound)
 		refused(plans.SetStatus(ctx, "org_1", apikey.PlanActive), apikey.ErrNotFound)
-		_, _, err = keys.Create(ctx, "", apikey.NewKey{})
+		_, _, err = keys.Create(ctx, "", admin.NewKey{})
 		wantInputError(t, err, "organisation", "")
 		wantInputError(t, plans.Subscribe(ctx, "org_1", "gold", apikey.PlanActive, time.Time{}), "tier", "define it first")
-		info, _, err := keys.Create(ctx, "org_1", apikey.NewKey{})
+		info, _, err := keys.Create(ctx, "org_1", admin.NewKey{})
 		if err != nil {
 			return err
 		}
-		_, _, err = keys.Rotate(ctx, "org_1", info.ID, time.Now(), apikey.NewKey{})
+		_, _, err = keys.Rotate(ctx, "org_1", info.ID, time.Now(), admin.NewKey{})
 		return errors.Join(err,
 			plans.DefineTier(ctx, "starter", true),
 			plans.Subscribe(ctx, "org_1", "starter", apikey.PlanActive, time.Time{}),
 			keys.Delete(ctx, "org_0", existing.ID))
 	}
 	count := func() (n int) {
-		keys, _, err := outside.List(ctx, "org_1", apikey.Page{})
+		keys, _, err := outside.List(ctx, "org_1", admin.Page{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -454,7 +489,7 @@ func TestTransaction(t *testing.T) {
 
 func TestPlans(t *testing.T) {
 	pool := testservers.Postgres(t)
-	s := apikey.NewPostgresPlanStore(pool)
+	s := newPlans(pool)
 	ctx := t.Context()
 	end := time.Now().Add(time.Hour).UTC().Truncate(time.Microsecond)
 	for _, c := range []struct {
@@ -494,113 +529,4 @@ func TestPlans(t *testing.T) {
 	wantInputError(t, s.Subscribe(ctx, "org_1", "gold", apikey.PlanActive, end), "tier", "define it first")
 	wantInputError(t, s.Subscribe(ctx, "", "starter", apikey.PlanActive, end), "organisation", "1 to 255")
 	wantInputError(t, s.Subscribe(ctx, "org_1", "starter", "", end), "status", "none of")
-}
-
-// TestLastUsed: uses are written in batches, to the rows that are there, at the
-// end too; and nothing is announced.
-func TestLastUsed(t *testing.T) {
-	f := newFleet(t, 1, nil)
-	uses := apikey.NewLastUsed(f.pool, time.Hour) // so that only the end writes
-	cache := f.replicas[0].cache
-	auth := replica{apikey.New(cache.Keys(f), cache.Plans(f), &apikey.Options{LastUsed: uses}), cache}
-	used, org := f.enrol(t, live, paid)
-	refused, refusedOrg := f.enrol(t, live, pastDue)
-	foreign := "a-key-of-another-store"
-	other := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
-		return apikey.Key{ID: "not-a-uuid", OrgID: org.ID, Active: true}, nil
-	}), f, &apikey.Options{LastUsed: uses})
-	before := time.Now()
-	for range 100 {
-		auth.wantCode(t, used, admitted)
-		auth.wantCode(t, refused, planExpired)
-	}
-	r := httptest.NewRequest("GET", "/", nil)
-	r.Header.Set("Authorization", "Bearer "+foreign)
-	if _, err := other.Authenticate(r); err != nil {
-		t.Fatal(err)
-	}
-	announcements := cache.Stats().Announcements
-
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := uses.Run(ctx); err != nil {
-		t.Fatal(err)
-	}
-	store := apikey.NewPostgresKeyStore(f.pool)
-	info, _, err := store.Find(t.Context(), org.KeyID)
-	if err != nil || info.LastUsedAt.Before(before.Add(-time.Millisecond)) || info.LastUsedAt.After(time.Now()) {
-		t.Errorf("last used at %v, %v", info.LastUsedAt, err)
-	}
-	if info, _, err := store.Find(t.Context(), refusedOrg.KeyID); err != nil || !info.LastUsedAt.IsZero() {
-		t.Errorf("a refused key was last used at %v, %v", info.LastUsedAt, err)
-	}
-	mustExec(t, f.pool, `NOTIFY apikey_changes, 'plan 1 nobody'`) // arrives after what came before
-	waitFor(t, func() bool { return cache.Stats().Announcements > announcements })
-	if n := cache.Stats().Announcements; n != announcements+1 {
-		t.Errorf("%d announcements of a use", n-announcements-1)
-	}
-	if n := uses.Dropped(); n != 0 {
-		t.Errorf("%d uses dropped", n)
-	}
-
-	// What cannot be written is told in the end.
-	mustExec(t, f.pool, `ALTER TABLE api_keys RENAME TO gone`)
-	again := apikey.NewLastUsed(f.pool, 0)
-	if _, err := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
-		return apikey.Key{ID: org.KeyID, OrgID: org.ID, Active: true}, nil
-	}), f, &apikey.Options{LastUsed: again}).Authenticate(r); err != nil {
-		t.Fatal(err)
-	}
-	if err := again.Run(ctx); err == nil || !strings.Contains(err.Error(), "recording the last use of 1 keys") {
-		t.Errorf("Run = %v", err)
-	}
-	wantPanic(t, func() { apikey.NewLastUsed(nil, 0) }, "pass a *pgxpool.Pool")
-	wantPanic(t, func() { apikey.NewLastUsed(f.pool, -1) }, "use 0 for a minute")
-}
-
-// TestLastUsedAside: who changes a key does not wait for who writes down uses, and one
-// replica's writing is enough for all.
-func TestLastUsedAside(t *testing.T) {
-	w := newPostgresWorld(t)
-	apiKey, org := w.enrol(t, live, paid)
-	store := apikey.NewPostgresKeyStore(w.pool)
-	ended, cancel := context.WithCancel(t.Context())
-	cancel()
-	use := func(db apikey.DB, interval time.Duration) time.Time {
-		t.Helper()
-		uses := apikey.NewLastUsed(db, interval)
-		replica{apikey.New(w.PostgresKeyStore, w.PostgresPlanStore, &apikey.Options{LastUsed: uses}), nil}.wantCode(t, apiKey, admitted)
-		if err := uses.Run(ended); err != nil {
-			t.Fatal(err)
-		}
-		info, _, err := store.Find(t.Context(), org.KeyID)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return info.LastUsedAt
-	}
-	first := use(w.pool, time.Hour)
-	if first.IsZero() {
-		t.Fatal("the use is not written")
-	}
-	for range 10 { // other replicas
-		if again := use(w.pool, time.Hour); !again.Equal(first) {
-			t.Errorf("written again within the interval: %v, %v", first, again)
-		}
-	}
-	if later := use(w.pool, time.Nanosecond); !later.After(first) {
-		t.Errorf("not written after the interval: %v, %v", first, later)
-	}
-
-	tx, err := w.pool.Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = tx.Rollback(context.WithoutCancel(t.Context())) }()
-	use(tx, time.Nanosecond) // and it does not come to an end
-	ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
-	defer stop()
-	if err := errors.Join(store.Deactivate(ctx, org.ID, org.KeyID), store.Activate(ctx, org.ID, org.KeyID), store.Expire(ctx, org.ID, org.KeyID, time.Now())); err != nil {
-		t.Errorf("while uses are written: %v", err)
-	}
 }

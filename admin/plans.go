@@ -1,0 +1,113 @@
+package admin
+
+// Plans: what tiers there are, and which organisation is on which.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/pg"
+)
+
+// Plans sets the plans of organisations, in the tables org_plans and plan_catalogue of the
+// migrations. It is safe for concurrent use if its DB is.
+type Plans struct{ db pg.OneTrip }
+
+// NewPlans returns the Plans in db. It panics if db is nil.
+func NewPlans(db apikey.DB) *Plans {
+	if pg.IsNil(db) {
+		panic("admin: NewPlans: db is nil: pass a *pgxpool.Pool or a pgx.Tx")
+	}
+	return &Plans{pg.OneTrip{DB: db}}
+}
+
+// DefineTier sets whether a tier includes the API, for all organisations on it; a
+// tier that is not in the catalogue is added. Errors: [*InputError].
+func (s *Plans) DefineTier(ctx context.Context, tier string, apiAccess bool) error {
+	if err := checkTier(tier); err != nil {
+		return err
+	}
+	_, err := s.db.Exec(ctx, `INSERT INTO plan_catalogue (name, api_access) VALUES ($1, $2)
+		ON CONFLICT (name) DO UPDATE SET api_access = excluded.api_access`, tier, apiAccess)
+	if err != nil {
+		return fmt.Errorf("apikey: writing plan_catalogue: %w", err)
+	}
+	return nil
+}
+
+// Subscribe sets the whole subscription of an organisation, which need not have
+// had one. A zero end is none. Errors: [*InputError], also for a tier that is not
+// in the catalogue.
+func (s *Plans) Subscribe(ctx context.Context, orgID, tier string, status apikey.PlanStatus, endsAt time.Time) error {
+	if err := errors.Join(checkOrgID(orgID), checkTier(tier), checkStatus(status)); err != nil {
+		return err
+	}
+	return s.change(ctx, tier, `INSERT INTO org_plans (org_id, plan, status, ends_at)
+		SELECT $1, name, $3, $4 FROM plan_catalogue WHERE name = $2
+		ON CONFLICT (org_id) DO UPDATE SET plan = excluded.plan, status = excluded.status, ends_at = excluded.ends_at`,
+		orgID, tier, status, pg.NullTime(endsAt))
+}
+
+// SetTier moves an organisation to another tier. Errors: [apikey.ErrNotFound] if it has no
+// subscription, [*InputError] if the tier is not in the catalogue.
+func (s *Plans) SetTier(ctx context.Context, orgID, tier string) error {
+	if err := checkTier(tier); err != nil {
+		return err
+	}
+	return s.change(ctx, tier, `UPDATE org_plans SET plan = name FROM plan_catalogue WHERE org_id = $1 AND name = $2`, orgID, tier)
+}
+
+// SetStatus sets the status of a subscription. Errors: [apikey.ErrNotFound], and
+// [*InputError] for a status that this package does not know.
+func (s *Plans) SetStatus(ctx context.Context, orgID string, status apikey.PlanStatus) error {
+	if err := checkStatus(status); err != nil {
+		return err
+	}
+	return s.change(ctx, "", `UPDATE org_plans SET status = $2 WHERE org_id = $1`, orgID, status)
+}
+
+// SetEnd sets the first instant at which a subscription no longer holds; zero: no
+// end. Errors: [apikey.ErrNotFound].
+func (s *Plans) SetEnd(ctx context.Context, orgID string, endsAt time.Time) error {
+	return s.change(ctx, "", `UPDATE org_plans SET ends_at = $2 WHERE org_id = $1`, orgID, pg.NullTime(endsAt))
+}
+
+// change runs a statement that changes one row. If it finds none, that may be for
+// want of a tier.
+func (s *Plans) change(ctx context.Context, tier, sql string, args ...any) error {
+	tag, err := s.db.Exec(ctx, sql, args...)
+	known := true
+	if err == nil && tag.RowsAffected() == 0 && tier != "" {
+		err = s.db.QueryRow(ctx, `SELECT EXISTS (SELECT FROM plan_catalogue WHERE name = $1)`, tier).Scan(&known)
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("apikey: writing org_plans: %w", err)
+	case !known:
+		return &InputError{"tier", fmt.Sprintf("%q is not in plan_catalogue: define it first", tier)}
+	case tag.RowsAffected() == 0:
+		return apikey.ErrNotFound
+	}
+	return nil
+}
+
+func checkTier(tier string) error {
+	if tier == "" || len(tier) > 255 || !utf8.ValidString(tier) || strings.ContainsFunc(tier, unicode.IsControl) {
+		return &InputError{"tier", "use 1 to 255 bytes of UTF-8 without control characters"}
+	}
+	return nil
+}
+
+func checkStatus(s apikey.PlanStatus) error {
+	if known := apikey.PlanStatuses(); !slices.Contains(known, s) {
+		return &InputError{"status", fmt.Sprintf("%q is none of %q", s, known)}
+	}
+	return nil
+}

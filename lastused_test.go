@@ -1,0 +1,122 @@
+package apikey_test
+
+import (
+	"context"
+	"errors"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/admin"
+)
+
+// TestLastUsed: uses are written in batches, to the rows that are there, at the
+// end too; and nothing is announced.
+func TestLastUsed(t *testing.T) {
+	f := newFleet(t, 1, nil)
+	uses := apikey.NewLastUsed(f.pool, time.Hour) // so that only the end writes
+	cache := f.replicas[0].cache
+	auth := replica{apikey.New(cache.Keys(f), cache.Plans(f), &apikey.Options{LastUsed: uses}), cache}
+	used, org := f.enrol(t, live, paid)
+	refused, refusedOrg := f.enrol(t, live, pastDue)
+	foreign := "a-key-of-another-store"
+	other := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
+		return apikey.Key{ID: "not-a-uuid", OrgID: org.ID, Active: true}, nil
+	}), f, &apikey.Options{LastUsed: uses})
+	before := time.Now()
+	for range 100 {
+		auth.wantCode(t, used, admitted)
+		auth.wantCode(t, refused, planExpired)
+	}
+	r := httptest.NewRequest("GET", "/", nil)
+	r.Header.Set("Authorization", "Bearer "+foreign)
+	if _, err := other.Authenticate(r); err != nil {
+		t.Fatal(err)
+	}
+	announcements := cache.Stats().Announcements
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := uses.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	store := admin.NewKeys(f.pool)
+	info, _, err := store.Find(t.Context(), org.KeyID)
+	if err != nil || info.LastUsedAt.Before(before.Add(-time.Millisecond)) || info.LastUsedAt.After(time.Now()) {
+		t.Errorf("last used at %v, %v", info.LastUsedAt, err)
+	}
+	if info, _, err := store.Find(t.Context(), refusedOrg.KeyID); err != nil || !info.LastUsedAt.IsZero() {
+		t.Errorf("a refused key was last used at %v, %v", info.LastUsedAt, err)
+	}
+	mustExec(t, f.pool, `NOTIFY apikey_changes, 'plan 1 nobody'`) // arrives after what came before
+	waitFor(t, func() bool { return cache.Stats().Announcements > announcements })
+	if n := cache.Stats().Announcements; n != announcements+1 {
+		t.Errorf("%d announcements of a use", n-announcements-1)
+	}
+	if n := uses.Dropped(); n != 0 {
+		t.Errorf("%d uses dropped", n)
+	}
+
+	// What cannot be written is told in the end.
+	mustExec(t, f.pool, `ALTER TABLE api_keys RENAME TO gone`)
+	again := apikey.NewLastUsed(f.pool, 0)
+	if _, err := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
+		return apikey.Key{ID: org.KeyID, OrgID: org.ID, Active: true}, nil
+	}), f, &apikey.Options{LastUsed: again}).Authenticate(r); err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Run(ctx); err == nil || !strings.Contains(err.Error(), "recording the last use of 1 keys") {
+		t.Errorf("Run = %v", err)
+	}
+	wantPanic(t, func() { apikey.NewLastUsed(nil, 0) }, "pass a *pgxpool.Pool")
+	wantPanic(t, func() { apikey.NewLastUsed(f.pool, -1) }, "use 0 for a minute")
+}
+
+// TestLastUsedAside: who changes a key does not wait for who writes down uses, and one
+// replica's writing is enough for all.
+func TestLastUsedAside(t *testing.T) {
+	w := newPostgresWorld(t)
+	apiKey, org := w.enrol(t, live, paid)
+	store := admin.NewKeys(w.pool)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	use := func(db apikey.DB, interval time.Duration) time.Time {
+		t.Helper()
+		uses := apikey.NewLastUsed(db, interval)
+		replica{apikey.New(w.PostgresKeyStore, w.PostgresPlanStore, &apikey.Options{LastUsed: uses}), nil}.wantCode(t, apiKey, admitted)
+		if err := uses.Run(ended); err != nil {
+			t.Fatal(err)
+		}
+		info, _, err := store.Find(t.Context(), org.KeyID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.LastUsedAt
+	}
+	first := use(w.pool, time.Hour)
+	if first.IsZero() {
+		t.Fatal("the use is not written")
+	}
+	for range 10 { // other replicas
+		if again := use(w.pool, time.Hour); !again.Equal(first) {
+			t.Errorf("written again within the interval: %v, %v", first, again)
+		}
+	}
+	if later := use(w.pool, time.Nanosecond); !later.After(first) {
+		t.Errorf("not written after the interval: %v, %v", first, later)
+	}
+
+	tx, err := w.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.WithoutCancel(t.Context())) }()
+	use(tx, time.Nanosecond) // and it does not come to an end
+	ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+	defer stop()
+	if err := errors.Join(store.Deactivate(ctx, org.ID, org.KeyID), store.Activate(ctx, org.ID, org.KeyID), store.Expire(ctx, org.ID, org.KeyID, time.Now())); err != nil {
+		t.Errorf("while uses are written: %v", err)
+	}
+}
