@@ -83,7 +83,7 @@ func BenchmarkAccept(b *testing.B) {
 
 	noMemory := func(rdb *redis.Client) http.Handler {
 		cache := apikey.NewCache(rdb, newSecret(), &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1})
-		return apikey.New(cache.Keys(fleet.PostgresKeyStore), cache.Plans(fleet.PostgresPlanStore), nil).Handler(next)
+		return apikey.New(fleet.PostgresKeyStore, fleet.PostgresPlanStore, &apikey.Options{Cache: cache}).Handler(next)
 	}
 	noSets := testservers.Redis(b)
 	noSets.AddHook(noSet{})

@@ -1,8 +1,9 @@
 package apikey
 
-// The read-through cache: memory -> Redis -> store, as users see it. How a lookup
-// goes and when its answer may be used is internal/readthrough; what has changed is
-// internal/feed; what is in Redis is internal/shared.
+// The read-through cache: memory -> Redis -> store, as users see it. What it knows of keys
+// and plans is facts.go. How a lookup goes and when its answer may be used is
+// internal/readthrough; what has changed is internal/feed; what is in Redis is
+// internal/shared.
 
 import (
 	"cmp"
@@ -13,12 +14,10 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"reflect"
 	"regexp"
 	"slices"
 	"sync/atomic"
 	"time"
-	"unique"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
@@ -26,7 +25,6 @@ import (
 	"github.com/trackpilots/apikey/internal/batch"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
-	"github.com/trackpilots/apikey/internal/lastused"
 	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/readthrough"
 	"github.com/trackpilots/apikey/internal/sealed"
@@ -209,16 +207,6 @@ type Cache struct {
 	plans    *readthrough.Layer[string, Plan]
 }
 
-// keyFacts are what the cache knows of a key: the key, when its use was last
-// recorded, and the record of its organisation's plan, so that a request finds both
-// by one look. The plan's record goes its own way: it is judged by itself, and
-// replaced when it is read again.
-type keyFacts struct {
-	Key
-	plan atomic.Pointer[readthrough.Record[Plan]] // nil: not known
-	used lastused.Mark
-}
-
 // NewCache returns a Cache on rdb, which stays the caller's to close. All replicas
 // share one secret of at least 32 random bytes; a new one empties the cache, unless it
 // is changed as AcceptedSecrets has it. The client must have ContextTimeoutEnabled set. opts may be nil. It panics where
@@ -350,277 +338,4 @@ func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 	defer c.watching.Store(false)
 	feed.Follow(ctx, pool, c.shared.Log)
 	return nil
-}
-
-// A CachedRecord is what Redis holds of a key or a plan, for people to look at.
-type CachedRecord[V Key | Plan] struct {
-	Name     string    // in Redis
-	Found    bool      // false: Redis holds none, and all below is zero
-	Rejected bool      // it is not sealed by us for its name, and all below is zero
-	Value    V         // what it says
-	ReadAt   time.Time // when the store was read
-	Snapshot string    // the pg_snapshot that it was read in; "" if the store does not stamp
-	Plan     *Plan     // of a key: its organisation's plan, if the record has that too; else nil
-}
-
-// InspectKey returns the record of a key in Redis, whatever it is worth; the error
-// is that Redis could not be read.
-func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], error) {
-	name, rec, err := c.keys.Inspect(h)
-	r, err := inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
-	if rec != nil {
-		if plan := rec.Value.plan.Load(); plan != nil {
-			r.Plan = &plan.Value
-		}
-	}
-	return r, err
-}
-
-// InspectPlan returns the record of an organisation's plan in Redis, as
-// [Cache.InspectKey] does.
-func (c *Cache) InspectPlan(_ context.Context, orgID string) (CachedRecord[Plan], error) {
-	name, rec, err := c.plans.Inspect(orgID)
-	return inspected(name, rec, err, func(p *Plan) Plan { return *p })
-}
-
-func inspected[F any, V Key | Plan](name string, rec *readthrough.Record[F], err error, value func(*F) V) (CachedRecord[V], error) {
-	r := CachedRecord[V]{Name: name}
-	switch {
-	case errors.Is(err, shared.ErrRejected):
-		r.Found, r.Rejected = true, true
-	case err != nil:
-		return r, fmt.Errorf("apikey: reading %s from Redis: %w", name, err)
-	case rec != nil:
-		r.Found, r.Value = true, value(&rec.Value)
-		r.ReadAt, r.Snapshot = rec.ReadAt.Time(), rec.Snapshot.String()
-	}
-	return r, nil
-}
-
-// Keys returns next behind the cache. All key stores behind one Cache share its
-// records, so they must hold the same keys. A [BatchKeyStore] is asked for many keys
-// at once. It panics if next is nil.
-func (c *Cache) Keys(next KeyStore) KeyStore {
-	if pg.IsNil(next) {
-		panic("apikey: Cache.Keys: next is nil: pass the KeyStore to read through to")
-	}
-	return cachedKeys{c, next, readthrough.NewStore(c.keys, keyReader(next))}
-}
-
-// Plans returns next behind the cache. All plan stores behind one Cache share its
-// records, so they must hold the same plans. A [BatchPlanStore] is asked for many
-// plans at once. It panics if next is nil.
-func (c *Cache) Plans(next PlanStore) PlanStore {
-	if pg.IsNil(next) {
-		panic("apikey: Cache.Plans: next is nil: pass the PlanStore to read through to")
-	}
-	return cachedPlans{cache: c, next: next, store: readthrough.NewStore(c.plans, planReader(next))}
-}
-
-// cachedKeys is a key store behind a cache.
-type cachedKeys struct {
-	cache *Cache
-	next  KeyStore
-	store *readthrough.Store[KeyHash, keyFacts]
-}
-
-// Key implements [KeyStore].
-func (k cachedKeys) Key(ctx context.Context, h KeyHash) (Key, error) {
-	rec, err := answer(ctx, k.cache.keys, h, k.store)
-	if err != nil {
-		return Key{}, err
-	}
-	return rec.Value.Key, nil
-}
-
-func (k cachedKeys) recall(h KeyHash, now clock.Instant) *readthrough.Record[keyFacts] {
-	return k.cache.keys.Recall(h, now)
-}
-
-func (k cachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error) {
-	rec, source, err := k.cache.keys.Fetch(ctx, h, nil, k.store)
-	return rec, Source(source), err
-}
-
-// joined returns k, but so that a lookup of a key reads the plan of its organisation
-// too, if the plan store behind p reads the same database. All others are asked
-// separately: a plan never comes from tables that they do not read.
-func (k cachedKeys) joined(p cachedPlans) cachedKeys {
-	keys, ok1 := k.next.(*PostgresKeyStore)
-	plans, ok2 := p.next.(*PostgresPlanStore)
-	if ok1 && ok2 && sameDB(keys.db.DB, plans.db.DB) {
-		k.store = readthrough.NewStore(k.cache.keys, k.cache.joinedReader(keys))
-	}
-	return k
-}
-
-func sameDB(a, b DB) bool {
-	return reflect.TypeOf(a) == reflect.TypeOf(b) && reflect.TypeOf(a).Comparable() && a == b
-}
-
-// cachedPlans is a plan store behind a cache.
-type cachedPlans struct {
-	cache *Cache
-	next  PlanStore
-	store *readthrough.Store[string, Plan]
-
-	linked bool // keys come from the same cache, and their records lead to those of plans
-}
-
-// Plan implements [PlanStore].
-func (p cachedPlans) Plan(ctx context.Context, orgID string) (Plan, error) {
-	rec, err := answer(ctx, p.cache.plans, orgID, p.store)
-	if err != nil {
-		return Plan{}, err
-	}
-	return rec.Value, nil
-}
-
-func (p cachedPlans) recall(key *keyFacts, now clock.Instant) *readthrough.Record[Plan] {
-	plans := p.cache.plans
-	if !p.linked {
-		return plans.Recall(key.OrgID, now)
-	}
-	if rec := key.plan.Load(); rec != nil && plans.Usable(key.OrgID, rec, now) {
-		return rec
-	}
-	rec := plans.Recall(key.OrgID, now) // another key of the organisation may have read it again
-	if rec != nil {
-		key.plan.Store(rec)
-	}
-	return rec
-}
-
-func (p cachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error) {
-	var known *readthrough.Record[Plan]
-	if p.linked {
-		known = key.plan.Load()
-	}
-	rec, source, err := p.cache.plans.Fetch(ctx, key.OrgID, known, p.store)
-	if err == nil && p.linked {
-		key.plan.Store(rec)
-	}
-	return rec, Source(source), err
-}
-
-// answer answers as a store does.
-func answer[S comparable, V any](ctx context.Context, l *readthrough.Layer[S, V], subject S, store *readthrough.Store[S, V]) (*readthrough.Record[V], error) {
-	rec := l.Recall(subject, clock.At(time.Now()))
-	if rec == nil {
-		var err error
-		if rec, _, err = l.Fetch(ctx, subject, nil, store); err != nil {
-			return nil, err
-		}
-	}
-	if !rec.Found {
-		return nil, ErrNotFound
-	}
-	return rec, nil
-}
-
-// keyReader reads keys, and no plans.
-func keyReader(next KeyStore) readthrough.Reader[KeyHash, keyFacts, Key] {
-	r := readthrough.Reader[KeyHash, keyFacts, Key]{
-		Name:  "keys",
-		One:   one(next.Key),
-		Fill:  func(rec *readthrough.Record[keyFacts], k Key) { rec.Value.Key = compactKey(k) },
-		Adopt: func(rec *readthrough.Record[keyFacts]) { rec.Value.plan.Store(nil) }, // it may be from other tables
-	}
-	if batch, ok := next.(BatchKeyStore); ok {
-		r.Many = batch.Keys
-	}
-	_, r.Trusted = next.(*PostgresKeyStore)
-	return r
-}
-
-// joinedReader reads keys and their plans.
-func (c *Cache) joinedReader(next *PostgresKeyStore) readthrough.Reader[KeyHash, keyFacts, keyAndPlan] {
-	return readthrough.Reader[KeyHash, keyFacts, keyAndPlan]{
-		Name: "keys",
-		Many: next.keysAndPlans,
-		Fill: func(rec *readthrough.Record[keyFacts], f keyAndPlan) {
-			rec.Value.Key = compactKey(f.key)
-			plan := c.plans.NewRecord(f.key.OrgID, rec.Stamp)
-			if f.plan != nil {
-				plan.Found, plan.Value = true, compactPlan(*f.plan)
-			}
-			rec.Value.plan.Store(plan)
-		},
-		Trusted: true,
-	}
-}
-
-func planReader(next PlanStore) readthrough.Reader[string, Plan, Plan] {
-	r := readthrough.Reader[string, Plan, Plan]{
-		Name: "plans",
-		One:  one(next.Plan),
-		Fill: func(rec *readthrough.Record[Plan], p Plan) { rec.Value = compactPlan(p) },
-	}
-	if batch, ok := next.(BatchPlanStore); ok {
-		r.Many = batch.Plans
-	}
-	_, r.Trusted = next.(*PostgresPlanStore)
-	return r
-}
-
-// one is the method of a store, with ErrNotFound as a value.
-func one[S, F any](look func(context.Context, S) (F, error)) func(context.Context, S) (F, bool, error) {
-	return func(ctx context.Context, subject S) (F, bool, error) {
-		fact, err := look(ctx, subject)
-		if errors.Is(err, ErrNotFound) {
-			return fact, false, nil
-		}
-		return fact, err == nil, err
-	}
-}
-
-// compactKey returns k in less memory.
-func compactKey(k Key) Key {
-	ids := k.ID + k.OrgID // one allocation for both
-	k.ID, k.OrgID = ids[:len(k.ID)], ids[len(k.ID):]
-	return k
-}
-
-// compactPlan returns p in less memory: there are few tiers and statuses.
-func compactPlan(p Plan) Plan {
-	p.Name = unique.Make(p.Name).Value()
-	if i := slices.Index(planStatuses, p.Status); i >= 0 {
-		p.Status = planStatuses[i]
-	}
-	return p
-}
-
-// The form of keys and plans in Redis. A key's record holds the facts of its plan if
-// they were read together and there is a plan.
-
-func appendKey(b []byte, k *keyFacts) []byte {
-	b = sealed.AppendString(b, k.ID)
-	b = sealed.AppendString(b, k.OrgID)
-	b = sealed.AppendBool(b, k.Active)
-	b = sealed.AppendTime(b, k.ExpiresAt)
-	plan := k.plan.Load()
-	if plan == nil || !plan.Found {
-		return sealed.AppendBool(b, false)
-	}
-	return appendPlan(sealed.AppendBool(b, true), plan.Value)
-}
-
-func (c *Cache) decodeKey(d *sealed.Decoder, rec *readthrough.Record[keyFacts]) {
-	rec.Value.Key = compactKey(Key{ID: d.String(), OrgID: d.String(), Active: d.Bool(), ExpiresAt: d.Time()})
-	if d.Bool() {
-		plan := c.plans.NewRecord(rec.Value.OrgID, rec.Stamp)
-		plan.Found, plan.Value = true, decodePlan(d)
-		rec.Value.plan.Store(plan)
-	}
-}
-
-func appendPlan(b []byte, p Plan) []byte {
-	b = sealed.AppendString(b, p.Name)
-	b = sealed.AppendString(b, string(p.Status))
-	b = sealed.AppendBool(b, p.APIAccess)
-	return sealed.AppendTime(b, p.EndsAt)
-}
-
-func decodePlan(d *sealed.Decoder) Plan {
-	return compactPlan(Plan{Name: d.String(), Status: PlanStatus(d.String()), APIAccess: d.Bool(), EndsAt: d.Time()})
 }

@@ -136,7 +136,7 @@ type replica struct {
 
 func newReplica(w world, rdb redis.UniversalClient, secret []byte, opts *apikey.CacheOptions) replica {
 	cache := apikey.NewCache(rdb, secret, opts)
-	return replica{apikey.New(cache.Keys(w), cache.Plans(w), nil), cache}
+	return replica{apikey.New(w, w, &apikey.Options{Cache: cache}), cache}
 }
 
 // ask sends a request with apiKey and returns the code of the answer.
@@ -429,10 +429,10 @@ func TestSecondLook(t *testing.T) {
 	r := newReplica(w, rdb, newSecret(), nil)
 	apiKey, org := w.enrol(t, live, paid)
 	r.wantCode(t, apiKey, admitted)
-	key, err := r.cache.FetchKey(t.Context(), apikey.HashKey(apiKey), func(context.Context, apikey.KeyHash) (apikey.Key, error) {
+	key, err := r.cache.KeysBehind(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
 		t.Error("looks again")
 		return apikey.Key{}, errStore
-	})
+	})).Fetch(t.Context(), apikey.HashKey(apiKey))
 	if err != nil || key.ID != org.KeyID {
 		t.Errorf("fetched %+v, %v", key, err)
 	}
@@ -663,7 +663,7 @@ func TestOneCacheManyMiddlewares(t *testing.T) {
 	apiKey, _ := w.enrol(t, live, paid)
 	cache := apikey.NewCache(rdb, newSecret(), nil)
 	for range 3 {
-		r := replica{apikey.New(cache.Keys(w), cache.Plans(w), nil), cache}
+		r := replica{apikey.New(w, w, &apikey.Options{Cache: cache}), cache}
 		r.wantCode(t, apiKey, admitted)
 	}
 	if n := w.readCount(); n != 2 {
@@ -674,7 +674,6 @@ func TestOneCacheManyMiddlewares(t *testing.T) {
 func TestCacheConfigurationFaults(t *testing.T) {
 	good := new(fakeRedis).client()
 	defer good.Close()
-	cache := apikey.NewCache(good, newSecret(), nil)
 	deaf := redis.NewClient(&redis.Options{})
 	defer deaf.Close()
 	deafCluster := redis.NewClusterClient(&redis.ClusterOptions{Addrs: []string{"127.0.0.1:1"}})
@@ -701,9 +700,6 @@ func TestCacheConfigurationFaults(t *testing.T) {
 		"no grace at all": {func() {
 			apikey.NewCache(good, newSecret(), &apikey.CacheOptions{StaleIfError: time.Second})
 		}, "StaleIfError is 1s: use at least MaxStaleness, 10s"},
-		"no key store":  {func() { cache.Keys(nil) }, "pass the KeyStore"},
-		"no plan store": {func() { cache.Plans(nil) }, "pass the PlanStore"},
-		"nil function":  {func() { cache.Plans(apikey.PlanStoreFunc(nil)) }, "pass the PlanStore"},
 	} {
 		t.Run(name, func(t *testing.T) { wantPanic(t, c.construct, c.want) })
 	}

@@ -39,7 +39,7 @@ func Example() {
 	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
 	cache := apikey.NewCache(rdb, secret, nil)
 	go cache.Watch(ctx, pool) //nolint:errcheck // an error is misuse: no pool, or watched already
-	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), nil)
+	auth := apikey.New(keys, plans, &apikey.Options{Cache: cache})
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/whoami", func(w http.ResponseWriter, r *http.Request) {

@@ -25,11 +25,36 @@ func (c *Cache) RedisNames(h KeyHash, orgID string) (key, plan string) {
 	return c.keys.Name(h), c.plans.Name(orgID)
 }
 
-// FetchKey is what follows when a key was not found in memory.
-func (c *Cache) FetchKey(ctx context.Context, h KeyHash, look KeyStoreFunc) (Key, error) {
-	rec, _, err := c.Keys(look).(cachedKeys).fetch(ctx, h)
+// A CachedKeyStore is a key store behind a cache, without a request.
+type CachedKeyStore struct{ source cachedKeys }
+
+// KeysBehind returns store behind the cache.
+func (c *Cache) KeysBehind(store KeyStore) CachedKeyStore {
+	keys, _ := c.sources(store, PlanStoreFunc(nil))
+	return CachedKeyStore{keys}
+}
+
+// Key implements [KeyStore].
+func (s CachedKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
+	rec := s.source.recall(h, clock.At(time.Now()))
+	if rec == nil {
+		return s.Fetch(ctx, h)
+	}
+	return answer(rec)
+}
+
+// Fetch is what follows when a key was not found in memory.
+func (s CachedKeyStore) Fetch(ctx context.Context, h KeyHash) (Key, error) {
+	rec, _, err := s.source.fetch(ctx, h)
 	if err != nil {
 		return Key{}, err
+	}
+	return answer(rec)
+}
+
+func answer(rec *readthrough.Record[keyFacts]) (Key, error) {
+	if !rec.Found {
+		return Key{}, ErrNotFound
 	}
 	return rec.Value.Key, nil
 }

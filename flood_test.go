@@ -62,7 +62,7 @@ func TestFlood(t *testing.T) {
 	watch(t, cache, pool)
 	waitFor(t, func() bool { return cache.Stats().FeedLive })
 	store := &gauge{KeyStore: apikey.NewPostgresKeyStore(pool)}
-	r := replica{apikey.New(cache.Keys(store), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	r := replica{apikey.New(store, apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 	var good []string
 	for range known {
 		key, org := w.enrol(t, live, paid)

@@ -164,7 +164,7 @@ func TestStandbyReads(t *testing.T) {
 	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
 	watch(t, cache, w.pool)
 	waitFor(t, func() bool { return cache.Stats().FeedLive })
-	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(standby)), cache.Plans(apikey.NewPostgresPlanStore(standby)), nil), cache}
+	r := replica{apikey.New(apikey.NewPostgresKeyStore(standby), apikey.NewPostgresPlanStore(standby), &apikey.Options{Cache: cache}), cache}
 	waitFor(t, func() bool { return r.ask(apiKey) == admitted })
 	mustExec(t, standby, `SELECT pg_wal_replay_pause()`)
 	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
@@ -190,7 +190,7 @@ func TestReadsElsewhere(t *testing.T) {
 			cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
 			watch(t, cache, here.pool)
 			waitFor(t, func() bool { return cache.Stats().FeedLive })
-			r := replica{apikey.New(cache.Keys(there.PostgresKeyStore), cache.Plans(there.PostgresPlanStore), nil), cache}
+			r := replica{apikey.New(there.PostgresKeyStore, there.PostgresPlanStore, &apikey.Options{Cache: cache}), cache}
 			r.wantCode(t, apiKey, admitted)
 			waitFor(t, func() bool { err := cache.Stats().FeedErr; return err != nil })
 			if cache.Stats().FeedErr.Error() != "the stores read from another server or database than the one that announces: is a proxy or a switch-over in between?" {

@@ -10,15 +10,16 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/admin"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
 
 // TestLastUsed: uses are written in batches, to the rows that are there, at the
 // end too; and nothing is announced.
 func TestLastUsed(t *testing.T) {
-	f := newFleet(t, 1, nil)
+	f := newPostgresWorld(t)
 	uses := apikey.NewLastUsed(f.pool, time.Hour) // so that only the end writes
-	cache := f.replicas[0].cache
-	auth := replica{apikey.New(cache.Keys(f), cache.Plans(f), &apikey.Options{LastUsed: uses}), cache}
+	cache := apikey.NewCache(testservers.Redis(t), newSecret(), nil)
+	auth := replica{apikey.New(f, f, &apikey.Options{Cache: cache, LastUsed: uses}), cache}
 	used, org := f.enrol(t, live, paid)
 	refused, refusedOrg := f.enrol(t, live, pastDue)
 	foreign := "a-key-of-another-store"
@@ -35,7 +36,7 @@ func TestLastUsed(t *testing.T) {
 	if _, err := other.Authenticate(r); err != nil {
 		t.Fatal(err)
 	}
-	announcements := cache.Stats().Announcements
+	mustExec(t, f.pool, `TRUNCATE apikey_outbox`)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -50,10 +51,9 @@ func TestLastUsed(t *testing.T) {
 	if info, _, err := store.Find(t.Context(), refusedOrg.KeyID); err != nil || !info.LastUsedAt.IsZero() {
 		t.Errorf("a refused key was last used at %v, %v", info.LastUsedAt, err)
 	}
-	mustExec(t, f.pool, `NOTIFY apikey_changes, 'plan 1 nobody'`) // arrives after what came before
-	waitFor(t, func() bool { return cache.Stats().Announcements > announcements })
-	if n := cache.Stats().Announcements; n != announcements+1 {
-		t.Errorf("%d announcements of a use", n-announcements-1)
+	var waiting int
+	if err := f.pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox`).Scan(&waiting); err != nil || waiting > 0 {
+		t.Errorf("%d uses are to be announced, %v", waiting, err)
 	}
 	if n := uses.Dropped(); n != 0 {
 		t.Errorf("%d uses dropped", n)

@@ -5,7 +5,7 @@
 //	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
 //	cache := apikey.NewCache(rdb, secret, nil)
 //	go cache.Watch(ctx, pool)
-//	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), nil)
+//	auth := apikey.New(keys, plans, &apikey.Options{Cache: cache})
 //	http.ListenAndServe(addr, auth.Handler(mux))
 //
 // A request passes three questions, in this order. Does its Authorization header
@@ -89,6 +89,13 @@ type Decision struct {
 
 // Options are the optional parts of a [Middleware].
 type Options struct {
+	// Cache remembers what the stores answer. All Middlewares with one Cache share its
+	// records, so their stores must hold the same keys and plans. A [BatchKeyStore] or
+	// [BatchPlanStore] is asked for many at once; where both stores are of this package
+	// and on one DB, a key and its plan are read together. Defaults to none: the stores
+	// are asked for each request.
+	Cache *Cache
+
 	// Realm is the realm of the WWW-Authenticate challenge: printable ASCII
 	// without quote and backslash. Defaults to "api".
 	Realm string
@@ -160,20 +167,11 @@ func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
 		panic("apikey: New: a store is nil: pass a KeyStore and a PlanStore")
 	}
 	m := &Middleware{keys: uncachedKeys{keys}, plans: uncachedPlans{plans}}
-	cachedKeys, keysCached := keys.(cachedKeys)
-	cachedPlans, plansCached := plans.(cachedPlans)
-	if keysCached && plansCached && cachedKeys.cache == cachedPlans.cache {
-		cachedPlans.linked = true
-		cachedKeys = cachedKeys.joined(cachedPlans)
-	}
-	if keysCached {
-		m.keys = cachedKeys
-	}
-	if plansCached {
-		m.plans = cachedPlans
-	}
 	if opts != nil {
 		m.opts = *opts
+	}
+	if m.opts.Cache != nil {
+		m.keys, m.plans = m.opts.Cache.sources(keys, plans)
 	}
 	if m.opts.Realm == "" {
 		m.opts.Realm = defaultRealm

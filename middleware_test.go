@@ -364,7 +364,7 @@ func TestRequestsOnServers(t *testing.T) {
 	bodies := contract(t)
 	w := newPostgresWorld(t)
 	cache := apikey.NewCache(testservers.Redis(t), newSecret(), nil)
-	mw := apikey.New(cache.Keys(w), cache.Plans(w), nil)
+	mw := apikey.New(w, w, &apikey.Options{Cache: cache})
 	var handler atomic.Pointer[spy]
 	send := openHTTP1(t, mw.Handler(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		handler.Load().ServeHTTP(rw, r)
@@ -517,17 +517,18 @@ func TestCanceled(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newMemoryWorld()
 				key, _ := w.enrol(t, live, paid)
-				var keys apikey.KeyStore = apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
+				keys := apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
 					<-ctx.Done()
 					return apikey.Key{}, ctx.Err()
 				})
+				codes := make(chan string, 2)
+				opts := apikey.Options{Observe: func(_ context.Context, d apikey.Decision) { codes <- d.Code }}
 				if cached {
 					rdb := (&fakeRedis{fault: func(context.Context) error { return errStore }}).client()
 					defer rdb.Close()
-					keys = apikey.NewCache(rdb, newSecret(), nil).Keys(keys)
+					opts.Cache = apikey.NewCache(rdb, newSecret(), nil)
 				}
-				codes := make(chan string, 2)
-				mw := apikey.New(keys, w, &apikey.Options{Observe: func(_ context.Context, d apikey.Decision) { codes <- d.Code }})
+				mw := apikey.New(keys, w, &opts)
 				ask := func(ctx context.Context) {
 					r := httptest.NewRequestWithContext(ctx, "GET", "/", nil)
 					r.Header.Set("Authorization", "Bearer "+key)

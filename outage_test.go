@@ -94,12 +94,12 @@ func TestStorePanics(t *testing.T) {
 		apiKey, _ := w.enrol(t, live, paid)
 		broken := true
 		cache := apikey.NewCache(rdb, newSecret(), nil)
-		r := replica{apikey.New(cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+		r := replica{apikey.New(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 			if broken {
 				panic("nil map")
 			}
 			return w.Key(ctx, h)
-		})), cache.Plans(w), nil), cache}
+		}), w, &apikey.Options{Cache: cache}), cache}
 		for range 10 { // and it gives its lookup slot back
 			r.wantCode(t, apiKey, unavailable)
 			time.Sleep(breakFor)
@@ -182,7 +182,8 @@ func TestStaleIfError(t *testing.T) {
 					}
 					cache := apikey.NewCache(rdb, newSecret(), &o)
 					var seen apikey.Decision
-					r := replica{apikey.New(cache.Keys(w), cache.Plans(w), &apikey.Options{
+					r := replica{apikey.New(w, w, &apikey.Options{
+						Cache:   cache,
 						Observe: func(_ context.Context, d apikey.Decision) { seen = d },
 					}), cache}
 					apiKey, _ := w.enrol(t, c.key, c.plan)
@@ -249,7 +250,7 @@ func TestStaleIfErrorEnds(t *testing.T) {
 				plan.EndsAt = time.Now().Add(time.Minute)
 				w.plans[org.ID] = plan
 				cache := apikey.NewCache(rdb, newSecret(), nil)
-				r := replica{apikey.New(cache.Keys(stamped(w.Key)), cache.Plans(stampedPlans(w.Plan)), nil), cache}
+				r := replica{apikey.New(stamped(w.Key), stampedPlans(w.Plan), &apikey.Options{Cache: cache}), cache}
 				r.wantCode(t, apiKey, admitted)
 				w.set(func() { w.err = errStore })
 				time.Sleep(20 * time.Second)
@@ -439,7 +440,7 @@ func TestLogger(t *testing.T) {
 		MemoryEntries: -1, MaxStaleness: time.Second, Logger: slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	watch(t, cache, pool)
-	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	r := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 	apiKey, _ := w.enrol(t, live, paid)
 	says := func(texts ...string) {
 		t.Helper()

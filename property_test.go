@@ -278,7 +278,7 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 		cache := apikey.NewCache(rdb, secret, nil)
 		watch(t, cache, pool)
 		waitFor(t, func() bool { return cache.Stats().FeedLive })
-		keys := cache.Keys(store(pool))
+		keys := cache.KeysBehind(store(pool))
 		for range readers {
 			reading.Go(func() {
 				for h.uses.Load() < uses && !t.Failed() {

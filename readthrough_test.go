@@ -26,7 +26,7 @@ import (
 // newPostgresReplica is a replica straight on the stores of a world.
 func newPostgresReplica(w *postgresWorld, rdb redis.UniversalClient, secret []byte, opts *apikey.CacheOptions) replica {
 	cache := apikey.NewCache(rdb, secret, opts)
-	return replica{apikey.New(cache.Keys(w.PostgresKeyStore), cache.Plans(w.PostgresPlanStore), nil), cache}
+	return replica{apikey.New(w.PostgresKeyStore, w.PostgresPlanStore, &apikey.Options{Cache: cache}), cache}
 }
 
 // TestOneRoundTrip: a cold key and its plan take one GET and one statement, and for
@@ -112,7 +112,7 @@ func TestPlanStaysWithItsStore(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			secret := newSecret()
 			cache := apikey.NewCache(rdb, secret, nil)
-			r := replica{apikey.New(cache.Keys(c.keys), cache.Plans(c.plans), nil), cache}
+			r := replica{apikey.New(c.keys, c.plans, &apikey.Options{Cache: cache}), cache}
 			for range 3 {
 				r.wantCode(t, apiKey, c.want)
 			}
@@ -133,7 +133,7 @@ func TestPlanStaysWithItsStore(t *testing.T) {
 		})
 		waitFor(t, func() bool {
 			cache := apikey.NewCache(rdb, secret, nil)
-			r := replica{apikey.New(cache.Keys(w.PostgresKeyStore), cache.Plans(free), nil), cache}
+			r := replica{apikey.New(w.PostgresKeyStore, free, &apikey.Options{Cache: cache}), cache}
 			r.ask("some-key-that-nobody-has")
 			before := asked.Load()
 			r.wantCode(t, apiKey, planExpired)
@@ -142,15 +142,6 @@ func TestPlanStaysWithItsStore(t *testing.T) {
 			}
 			return cache.Stats().RedisHits == 1 // else the GET failed, on a busy machine
 		})
-	})
-
-	t.Run("two caches", func(t *testing.T) {
-		secret := newSecret()
-		a, b := apikey.NewCache(rdb, secret, nil), apikey.NewCache(testservers.Redis(t), newSecret(), nil)
-		r := replica{apikey.New(a.Keys(w.PostgresKeyStore), b.Plans(free), nil), a}
-		for range 3 {
-			r.wantCode(t, apiKey, planExpired)
-		}
 	})
 }
 
@@ -168,7 +159,7 @@ func TestColdKeysGoTogether(t *testing.T) {
 		"separate": newReplica(w, testservers.Redis(t), newSecret(), patient),
 		"one by one": func() replica {
 			cache := apikey.NewCache(testservers.Redis(t), newSecret(), patient)
-			return replica{apikey.New(cache.Keys(apikey.KeyStoreFunc(w.Key)), cache.Plans(apikey.PlanStoreFunc(w.Plan)), nil), cache}
+			return replica{apikey.New(apikey.KeyStoreFunc(w.Key), apikey.PlanStoreFunc(w.Plan), &apikey.Options{Cache: cache}), cache}
 		}(),
 	} {
 		var wg sync.WaitGroup
@@ -195,13 +186,13 @@ func TestOverloadIsNoOutage(t *testing.T) {
 			defer rdb.Close()
 			var slow atomic.Bool
 			cache := apikey.NewCache(rdb, newSecret(), &apikey.CacheOptions{MaxBatches: 1, MaxQueue: 100})
-			keys := cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+			keys := apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 				if slow.Load() {
 					time.Sleep(100 * time.Millisecond) // slow, and well: 4 at once, 40 a second
 				}
 				return w.Key(ctx, h)
-			}))
-			r := replica{apikey.New(keys, cache.Plans(w), nil), cache}
+			})
+			r := replica{apikey.New(keys, w, &apikey.Options{Cache: cache}), cache}
 			var good []string
 			for range 100 {
 				apiKey, _ := w.enrol(t, live, paid)
@@ -237,7 +228,7 @@ func TestOverloadIsNoOutage(t *testing.T) {
 		apiKey, org := w.enrol(t, live, paid)
 		pool := testservers.Pool(t, w.pool.Config().ConnString()+"&pool_max_conns=2")
 		cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: 100 * time.Millisecond})
-		r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+		r := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 		r.wantCode(t, apiKey, admitted)
 		for range 2 { // what the application does
 			conn, err := pool.Acquire(t.Context())
@@ -264,10 +255,10 @@ func TestHangingStore(t *testing.T) {
 		w := newMemoryWorld()
 		hangs := make(chan struct{})
 		cache := apikey.NewCache(rdb, newSecret(), nil)
-		r := replica{apikey.New(cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+		r := replica{apikey.New(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 			<-hangs
 			return w.Key(ctx, h)
-		})), cache.Plans(w), nil), cache}
+		}), w, &apikey.Options{Cache: cache}), cache}
 		before := runtime.NumGoroutine()
 		for range 300 {
 			apiKey, _ := w.enrol(t, live, paid)
@@ -303,7 +294,7 @@ func TestLookupsSeeNoCaller(t *testing.T) {
 	rdb := new(fakeRedis).client()
 	defer rdb.Close()
 	cache := apikey.NewCache(rdb, newSecret(), nil)
-	r := replica{apikey.New(cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
+	r := replica{apikey.New(apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 		if ctx.Value(key{}) != nil {
 			t.Error("the store sees a value of the request's context")
 		}
@@ -311,7 +302,7 @@ func TestLookupsSeeNoCaller(t *testing.T) {
 			t.Error("the lookup has no deadline")
 		}
 		return w.Key(ctx, h)
-	})), cache.Plans(w), nil), cache}
+	}), w, &apikey.Options{Cache: cache}), cache}
 	apiKey, _ := w.enrol(t, live, paid)
 	if got := r.askContext(context.WithValue(t.Context(), key{}, "span"), apiKey); got != admitted {
 		t.Errorf("answered %q", got)
@@ -351,7 +342,7 @@ func TestBatchStore(t *testing.T) {
 	defer rdb.Close()
 	s := &batchStore{memoryWorld: newMemoryWorld()}
 	cache := apikey.NewCache(rdb, newSecret(), nil)
-	r := replica{apikey.New(cache.Keys(s), cache.Plans(s.memoryWorld), nil), cache}
+	r := replica{apikey.New(s, s.memoryWorld, &apikey.Options{Cache: cache}), cache}
 	good, _ := s.enrol(t, live, paid)
 	bad, _ := s.enrol(t, unknown, paid)
 	r.wantCode(t, good, admitted)
@@ -384,7 +375,7 @@ func TestRevokedUnderLoad(t *testing.T) {
 			mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ('many', 'starter', 'active')`)
 			mustExec(t, w.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'many', sha256(('a-key-of-many-' || i)::bytea) FROM generate_series(0, 2999) i`)
 			cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: maxStaleness})
-			r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+			r := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 			var revokedAt, refused, late, longest atomic.Int64
 			var wg sync.WaitGroup
 			defer wg.Wait()

@@ -97,10 +97,12 @@ func TestFailInEveryWay(t *testing.T) {
 			slog.Info("shown", "value", v)
 		}
 	}
-	observe := &apikey.Options{Observe: func(_ context.Context, d apikey.Decision) {
-		show(d)
-		slog.Warn("refused", "decision", d, "err", d.Err)
-	}}
+	with := func(cache *apikey.Cache) *apikey.Options {
+		return &apikey.Options{Cache: cache, Observe: func(_ context.Context, d apikey.Decision) {
+			show(d)
+			slog.Warn("refused", "decision", d, "err", d.Err)
+		}}
+	}
 	ask := func(m *apikey.Middleware, authorization string) {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.Header.Set("Authorization", authorization)
@@ -124,7 +126,7 @@ func TestFailInEveryWay(t *testing.T) {
 
 	secret := newSecret()
 	cache := newCache(rdb, secret)
-	auth := apikey.New(cache.Keys(w), cache.Plans(w), observe)
+	auth := apikey.New(w, w, with(cache))
 	good := newKey(live, paid)
 	for _, authorization := range []string{
 		"Bearer " + good, "Bearer " + newKey(deactivated, paid), "Bearer " + newKey(unknown, paid), "Bearer " + newKey(expired, paid),
@@ -140,11 +142,11 @@ func TestFailInEveryWay(t *testing.T) {
 		mustNot(t, rdb.Set(t.Context(), name, "forged", 0).Err())
 	}
 	forged := newCache(rdb, secret)
-	ask(apikey.New(forged.Keys(w), forged.Plans(w), observe), "Bearer "+good)
+	ask(apikey.New(w, w, with(forged)), "Bearer "+good)
 
 	server.Crash(t)
 	noRedis := newCache(rdb, secret)
-	ask(apikey.New(noRedis.Keys(w), noRedis.Plans(w), observe), "Bearer "+newKey(live, paid))
+	ask(apikey.New(w, w, with(noRedis)), "Bearer "+newKey(live, paid))
 	fails := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { return apikey.Key{}, errStore })
 	panics := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { panic("nil map") })
 	for _, store := range []apikey.KeyStore{fails, panics, w} {
@@ -153,11 +155,11 @@ func TestFailInEveryWay(t *testing.T) {
 			mustExec(t, w.pool, `ALTER TABLE api_keys RENAME TO gone`)
 		}
 		for range 4 { // the last finds the breaker open
-			ask(apikey.New(broken.Keys(store), broken.Plans(w), observe), "Bearer "+newLostKey(&keys))
+			ask(apikey.New(store, w, with(broken)), "Bearer "+newLostKey(&keys))
 		}
 		show(broken, broken.Stats())
 	}
-	ask(apikey.New(fails, w, observe), "Bearer "+newLostKey(&keys))
+	ask(apikey.New(fails, w, with(nil)), "Bearer "+newLostKey(&keys))
 	show(auth, cache, cache.Stats(), noRedis.Stats(), w.PostgresKeyStore, apikey.Key{}, apikey.Plan{})
 
 	// A store that panics and has no cache before it: the server logs that.

@@ -168,7 +168,7 @@ func TestJoinedFlight(t *testing.T) {
 		cache := apikey.NewCache(rdb, newSecret(), nil)
 		h := apikey.HashKey("k")
 		release, lookups := make(chan struct{}), 0
-		keys := cache.Keys(apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
+		keys := cache.KeysBehind(apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
 			lookups++
 			if lookups > 1 {
 				snapshot.Report(ctx, "20:20:", 0)
@@ -241,9 +241,8 @@ func watchedReplica(t testing.TB, pool *pgxpool.Pool, rdb redis.UniversalClient,
 	t.Helper()
 	cache := apikey.NewCache(rdb, secret, opts)
 	watch(t, cache, pool)
-	keys, plans := cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool))
 	waitFor(t, func() bool { return cache.Stats().FeedLive })
-	return replica{apikey.New(keys, plans, nil), cache}
+	return replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 }
 
 // watch watches until the test ends.
@@ -533,7 +532,7 @@ func TestPgBouncer(t *testing.T) {
 	pool := testservers.Pool(t, testservers.PgBouncer(t, w.pool.Config().ConnString()))
 	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: maxStaleness})
 	watch(t, cache, pool)
-	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	r := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 	apiKey, org := w.enrol(t, live, paid)
 
 	waitFor(t, func() bool { return cache.Stats().FeedErr != nil })
@@ -574,7 +573,7 @@ func TestExecModes(t *testing.T) {
 				keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
 				for range 5 { // the later ones on connections that have been used
 					cache := apikey.NewCache(testservers.Redis(t), newSecret(), nil)
-					r := replica{apikey.New(cache.Keys(keys), cache.Plans(plans), nil), cache}
+					r := replica{apikey.New(keys, plans, &apikey.Options{Cache: cache}), cache}
 					var wg sync.WaitGroup
 					for _, apiKey := range apiKeys {
 						wg.Go(func() { r.wantCode(t, apiKey, admitted) })
@@ -642,7 +641,7 @@ func TestConnectionLimit(t *testing.T) {
 		apiKeys = append(apiKeys, apiKey)
 	}
 	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxBatchSize: 4, StoreTimeout: 10 * time.Second})
-	r := replica{apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil), cache}
+	r := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 	var wg sync.WaitGroup
 	for _, apiKey := range apiKeys {
 		wg.Go(func() { r.wantCode(t, apiKey, admitted) })

@@ -201,7 +201,7 @@ var peers = []peer{
 					t.Fatal(cache.Stats().FeedErr)
 				}
 			}
-			auth := apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), nil)
+			auth := apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache})
 			return instance{Handler: auth.Handler(next), sql: sql.n.Load, stats: cache.Stats}
 		},
 	},

@@ -3,7 +3,7 @@
 // grafana.json draws them.
 //
 //	observe, err := otel.Observe(provider, cache)
-//	auth := apikey.New(cache.Keys(keys), cache.Plans(plans), &apikey.Options{Observe: observe})
+//	auth := apikey.New(keys, plans, &apikey.Options{Cache: cache, Observe: observe})
 //
 // The metrics:
 //

@@ -53,7 +53,7 @@ func newService(t *testing.T, reader metric.Reader) *service {
 	}
 	s := &service{store: apikeytest.NewStore(), spans: tracetest.NewSpanRecorder()}
 	s.trace = trace.NewTracerProvider(trace.WithSpanProcessor(s.spans))
-	s.auth = apikey.New(cache.Keys(s.store), cache.Plans(s.store), &apikey.Options{Observe: observe})
+	s.auth = apikey.New(s.store, s.store, &apikey.Options{Cache: cache, Observe: observe})
 	return s
 }
 

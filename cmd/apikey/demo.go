@@ -63,7 +63,7 @@ func demo(ctx context.Context, a *app, args []string) (err error) {
 		defer watch.Wait()
 		defer stop()
 	}
-	auth := apikey.New(cache.Keys(stores.keys), cache.Plans(stores.plans), nil)
+	auth := apikey.New(stores.keys, stores.plans, &apikey.Options{Cache: cache})
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/whoami", whoami)

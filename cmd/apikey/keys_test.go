@@ -101,7 +101,7 @@ func (s shell) serve(t *testing.T) (wantCode func(key, want string)) {
 			t.Fatalf("the feed is not live: %v", cache.Stats().FeedErr)
 		}
 	}
-	auth := apikey.New(cache.Keys(apikey.NewPostgresKeyStore(pool)), cache.Plans(apikey.NewPostgresPlanStore(pool)), &apikey.Options{LastUsed: uses})
+	auth := apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache, LastUsed: uses})
 	h := auth.Handler(http.HandlerFunc(whoami))
 	return func(key, want string) {
 		t.Helper()
