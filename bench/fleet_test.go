@@ -169,7 +169,8 @@ func measureFleet(t *testing.T, size int) (r fleetResult) {
 	server := testservers.StartPostgres(t, "-c", fmt.Sprint("max_connections=", size+50))
 	pool := testservers.Pool(t, testservers.PostgresURLOn(t, server)+"&pool_max_conns=10")
 	if _, err := pool.Exec(t.Context(), `INSERT INTO plan_catalogue VALUES ('starter', true);
-		INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(0, 999) i`); err != nil {
+		INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(0, 999) i;
+		SELECT apikey_announce()`); err != nil {
 		t.Fatal(err)
 	}
 	f := newFleet(t, pool, size)
@@ -206,7 +207,7 @@ func measureFleet(t *testing.T, size int) (r fleetResult) {
 
 	var ended int
 	if err := pool.QueryRow(t.Context(), `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-		WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%pg_current_snapshot%'`).Scan(&ended); err != nil || ended < size {
+		WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%apikey_announce%'`).Scan(&ended); err != nil || ended < size {
 		t.Errorf("%d sessions of %d were ended: %v", ended, size, err)
 	}
 	time.Sleep(100 * time.Millisecond) // until it is noticed
