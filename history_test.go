@@ -118,6 +118,7 @@ func copyKey(t *testing.T, other *postgresWorld, apiKey string, org apikey.Org, 
 // TestPromotedStandby: the primary dies, and a standby takes over that has not received
 // the last transactions: their ids are used again.
 func TestPromotedStandby(t *testing.T) {
+	t.Parallel()
 	primary := testservers.StartPostgres(t)
 	w := newPostgresWorldOn(t, testservers.Pool(t, testservers.Migrated(t, primary.URL)))
 	link, linkProxy := testservers.ProxyPostgres(t, primary.URL)
@@ -157,6 +158,7 @@ func TestPromotedStandby(t *testing.T) {
 // TestStandbyReads: the stores read a standby that lags, and the feed is live on the
 // primary: the facts are used by their age, and the statistics tell.
 func TestStandbyReads(t *testing.T) {
+	t.Parallel()
 	primary := testservers.StartPostgres(t)
 	w := newPostgresWorldOn(t, testservers.Pool(t, testservers.Migrated(t, primary.URL)))
 	standby := testservers.Pool(t, testservers.StartStandby(t, primary.URL).URL)
@@ -180,6 +182,7 @@ func TestStandbyReads(t *testing.T) {
 // TestReadsElsewhere: a proxy sends what the stores read to another primary than the
 // one that announces: nothing is vouched for, and the fault is told.
 func TestReadsElsewhere(t *testing.T) {
+	t.Parallel()
 	for name, elsewhere := range map[string]func() string{
 		"another server":                 func() string { return testservers.Migrated(t, testservers.StartPostgres(t).URL) },
 		"another database of the server": func() string { return testservers.PostgresURL(t) },
@@ -274,6 +277,7 @@ func TestOthersHooks(t *testing.T) {
 // TestBusyPool: the application keeps every connection of the pool, PostgreSQL is well:
 // changes are announced all the same.
 func TestBusyPool(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 1, &apikey.CacheOptions{MaxStaleness: historyStaleness}, func(c *pgxpool.Config) { c.MaxConns = 2 })
 	apiKey, org := f.enrol(t, live, paid)
 	other, _ := f.enrol(t, live, paid)

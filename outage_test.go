@@ -380,6 +380,7 @@ func TestFrozenRedis(t *testing.T) {
 // TestDistantRedis: Redis is as far away as another region, and wants a password: it
 // takes longer to connect than a request may wait. It is used all the same.
 func TestDistantRedis(t *testing.T) {
+	t.Parallel()
 	server := testservers.StartRedis(t, "--requirepass", "p")
 	address, proxy := testservers.ProxyRedis(t, server.URL)
 	proxy.Delay(20 * time.Millisecond)
@@ -431,6 +432,7 @@ func (l *lines) take() string {
 
 // TestLogger: it is told once when something is lost, and once when it is back.
 func TestLogger(t *testing.T) {
+	t.Parallel()
 	w := newPostgresWorld(t)
 	address, postgres := testservers.ProxyPostgres(t, w.pool.Config().ConnString())
 	redisAddress, rdb := testservers.ProxyRedis(t, testservers.RedisURL(t))

@@ -19,6 +19,7 @@ import (
 // TestTwoPhaseCommit: a transaction that changes a key or a plan can be prepared, and
 // takes effect when it is committed.
 func TestTwoPhaseCommit(t *testing.T) {
+	t.Parallel()
 	server := testservers.StartPostgres(t, "-c", "max_prepared_transactions=5")
 	w := newPostgresWorldOn(t, testservers.Pool(t, testservers.Migrated(t, server.URL)))
 	r := watchedReplica(t, w.pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
@@ -49,6 +50,7 @@ func TestTwoPhaseCommit(t *testing.T) {
 // TestAnnouncer: one session announces for all. When it is killed, another one does, and
 // when somebody else keeps the place of the announcer, the reads of each do.
 func TestAnnouncer(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 3, &apikey.CacheOptions{MaxStaleness: 6 * time.Second})
 	apiKey, org := f.enrol(t, live, paid)
 	revoked := false
@@ -109,6 +111,7 @@ func TestAnnouncer(t *testing.T) {
 // TestNobodyListens: without a replica that watches, what is not announced does not grow
 // for ever.
 func TestNobodyListens(t *testing.T) {
+	t.Parallel()
 	w := newPostgresWorld(t)
 	_, org := w.enrol(t, live, paid)
 	mustExec(t, w.pool, `INSERT INTO apikey_outbox (kind, subject, at) SELECT 'plan', i::text, now() - interval '2 hours' FROM generate_series(1, 5000) i`)
@@ -123,6 +126,7 @@ func TestNobodyListens(t *testing.T) {
 // TestLogicalReplication: the tables are written by logical replication. What its apply
 // worker changes is announced.
 func TestLogicalReplication(t *testing.T) {
+	t.Parallel()
 	const tables = `api_keys, org_plans, plan_catalogue`
 	var pools [2]*pgxpool.Pool
 	for i := range pools {

@@ -295,7 +295,7 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	return h
 }
 
-var propertyUses = flag.Int64("property.uses", 40_000, "uses of facts in TestProperty")
+var propertyUses = flag.Int64("property.uses", int64(sized(10_000, 40_000)), "uses of facts in TestProperty")
 
 // TestProperty: concurrent writers with delays, savepoints, rollbacks and long
 // transactions; readers on three replicas whose fills are held back in the store
@@ -311,7 +311,7 @@ func TestProperty(t *testing.T) {
 // TestPropertyTestNotices: the same run over a store that stamps its reads too
 // late has violations. A property test that finds none there finds nothing.
 func TestPropertyTestNotices(t *testing.T) {
-	h := runHistory(t, 40_000, func(pool *pgxpool.Pool) apikey.KeyStore { return lateStamp{pool} })
+	h := runHistory(t, *propertyUses, func(pool *pgxpool.Pool) apikey.KeyStore { return lateStamp{pool} })
 	t.Logf("%d uses, %d changes, %d violations", h.uses.Load(), h.changes.Load(), h.violations.Load())
 	if h.violations.Load() == 0 {
 		t.Error("no violation is found although stamps are taken after the reads")

@@ -61,6 +61,7 @@ func TestOneRoundTrip(t *testing.T) {
 // overtaken and the key's is not, in memory and in Redis, for all keys of the
 // organisation.
 func TestPlanChangesAlone(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 2, &apikey.CacheOptions{MaxStaleness: time.Minute})
 	apiKey, org := f.enrol(t, live, paid)
 	h := apikey.HashKey("another-key-of-the-organisation")

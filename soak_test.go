@@ -20,7 +20,7 @@ import (
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
-var soakFor = flag.Duration("soak.for", 10*time.Second, "how long TestSoak lasts")
+var soakFor = flag.Duration("soak.for", time.Duration(sized(3, 10))*time.Second, "how long TestSoak lasts")
 
 const (
 	soakStaleness = 2 * time.Second // MaxStaleness

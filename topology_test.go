@@ -122,6 +122,7 @@ func sumStats(replicas []replica) (sum apikey.CacheStats) {
 // TestRedisCluster: one of three masters dies under load, and comes back. The
 // replicas have no memory of their own, so that every request asks Redis.
 func TestRedisCluster(t *testing.T) {
+	t.Parallel()
 	nodes, addrs := testservers.StartRedisCluster(t, 3)
 	w, secret := newPostgresWorld(t), newSecret()
 	var replicas []replica
@@ -154,6 +155,7 @@ func TestRedisCluster(t *testing.T) {
 // TestRedisSentinel: the master dies under load, and a sentinel makes its replica
 // the master.
 func TestRedisSentinel(t *testing.T) {
+	t.Parallel()
 	master, masterAddr := testservers.StartRedisTCP(t)
 	standby, _ := testservers.StartRedisTCP(t, "--replicaof", strings.ReplaceAll(masterAddr, ":", " "))
 	sentinel := testservers.StartSentinel(t, masterAddr, 1)
@@ -184,6 +186,7 @@ func TestRedisSentinel(t *testing.T) {
 // TestPostgresRestart: PostgreSQL crashes under load, stays away for a while, and
 // comes back.
 func TestPostgresRestart(t *testing.T) {
+	t.Parallel()
 	server := testservers.StartPostgres(t)
 	pool := testservers.Pool(t, testservers.PostgresURLOn(t, server))
 	w := newPostgresWorldOn(t, pool)

@@ -263,9 +263,10 @@ func watch(t testing.TB, cache *apikey.Cache, pool *pgxpool.Pool) {
 // It reports how long the change took from the return of the statement to the
 // first answer that follows from it, on each.
 func TestChangesTakeEffect(t *testing.T) {
+	t.Parallel()
 	// Without the feed a revocation would take a minute, and an admission a second.
 	f := newFleet(t, 3, &apikey.CacheOptions{MaxStaleness: time.Minute})
-	const rounds = 50
+	rounds := sized(10, 50)
 	type change struct {
 		name string
 		sql  string // $1 is the organisation
@@ -527,6 +528,7 @@ func TestBrokenFeeds(t *testing.T) {
 // TestPgBouncer: in transaction mode announcements are not delivered. The feed
 // notices, and MaxStaleness is the bound.
 func TestPgBouncer(t *testing.T) {
+	t.Parallel()
 	const maxStaleness = time.Second
 	w := newPostgresWorld(t)
 	pool := testservers.Pool(t, testservers.PgBouncer(t, w.pool.Config().ConnString()))
@@ -556,6 +558,7 @@ func TestPgBouncer(t *testing.T) {
 // TestExecModes: whatever the mode of the pool is, and whether PgBouncer is in between or
 // not, keys are found, and looked after.
 func TestExecModes(t *testing.T) {
+	t.Parallel()
 	w := newPostgresWorld(t)
 	direct := w.pool.Config().ConnString()
 	var apiKeys []string
@@ -607,6 +610,7 @@ func TestExecModes(t *testing.T) {
 
 // TestIdleSessions: a server that ends idle sessions leaves the listening one alone.
 func TestIdleSessions(t *testing.T) {
+	t.Parallel()
 	server := testservers.StartPostgres(t, "-c", "idle_session_timeout=200ms")
 	pool := testservers.Pool(t, testservers.Migrated(t, server.URL))
 	cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: 5 * time.Second})
@@ -655,6 +659,7 @@ func TestConnectionLimit(t *testing.T) {
 // TestRecordsFromRedisAreJudged: a record that comes out of Redis, put there late
 // or put back, is out of date for whoever has heard of the change.
 func TestRecordsFromRedisAreJudged(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 2, &apikey.CacheOptions{MaxStaleness: time.Minute})
 	apiKey, org := f.enrol(t, live, paid)
 	f.replicas[0].wantCode(t, apiKey, admitted)
@@ -719,6 +724,7 @@ func TestWatchFaults(t *testing.T) {
 // TestUnknownAnnouncement: what a newer version of the triggers announces, or
 // somebody makes up, cannot be understood, so nothing is trusted any longer.
 func TestUnknownAnnouncement(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, 1, nil)
 	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677", "group 7 staff", "all 7 staff", "beat 7 AAAA", "key 7 xyz"} {
 		mustExec(t, f.pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)

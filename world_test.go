@@ -104,6 +104,15 @@ func wantCode(k keyState, p planState) string {
 	return ""
 }
 
+// sized returns how much of something a test does: little at the desk, where one wants
+// to go on soon, and a lot in CI.
+func sized(desk, ci int) int {
+	if os.Getenv("CI") != "" {
+		return ci
+	}
+	return desk
+}
+
 // A world has a key and an organisation in any state.
 type world interface {
 	apikey.KeyStore

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"flag"
 	"fmt"
 	"log"
 	"net/url"
@@ -34,6 +35,10 @@ const startTimeout = 30 * time.Second
 //
 //	func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 func Main(m *testing.M) int {
+	// Most tests wait most of the time. -parallel still decides.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		log.Print(err)
+	}
 	before := goroutines()
 	code := m.Run()
 	for _, stop := range stops {
