@@ -207,13 +207,13 @@ type Cache struct {
 	plans    *readthrough.Layer[string, Plan]
 }
 
-// NewCache returns a Cache on rdb, which stays the caller's to close. All replicas
-// share one secret of at least 32 random bytes; a new one empties the cache, unless it
-// is changed as AcceptedSecrets has it. The client must have ContextTimeoutEnabled set. opts may be nil. It panics where
-// one of these is not so.
+// NewCache returns a Cache on rdb, which the caller closes. All replicas share one secret
+// of at least 32 random bytes. A new secret empties the cache, unless it is changed as
+// AcceptedSecrets says. The client must have ContextTimeoutEnabled set. opts may be nil.
+// NewCache panics if one of these is not so.
 //
-// The age of a record that another replica read is told by the clocks of both
-// machines, so they should be kept in step (NTP).
+// Keep the clocks of all machines in step (NTP): the age of a record that another replica
+// read depends on both.
 func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cache {
 	o := opts.withDefaults()
 	switch {
@@ -274,8 +274,8 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	return c
 }
 
-// honoursContext reports whether a deadline ends a command of rdb. A client of
-// the caller's own making is taken at its word.
+// honoursContext reports whether a deadline ends a command of rdb. Of clients of other
+// types it is assumed.
 func honoursContext(rdb redis.UniversalClient) bool {
 	switch client := rdb.(type) {
 	case *redis.Client:
@@ -324,10 +324,11 @@ func (c *Cache) Stats() CacheStats {
 // while it cannot, MaxStaleness is the bound. Faults do not end it: it tries
 // again, and [Cache.Stats] tells.
 //
-// The pool must lead to the server that the stores read from, the primary, and not
-// through a pooler such as PgBouncer. One connection more is made as those of the pool
-// are, without its hooks but for BeforeConnect, and listens; now and then the pool is
-// asked which server it leads to. It is an error to watch twice at a time.
+// The pool must lead to the server and database that the stores read from, the primary,
+// and not through a pooler such as PgBouncer. Watch makes a connection of its own, with
+// the settings of the pool and its BeforeConnect, but without its other hooks. Now and
+// then it asks the pool which server it leads to. It is an error to watch twice at a
+// time.
 func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 	if pool == nil {
 		return errors.New("apikey: Cache.Watch: pool is nil: pass the pool that the stores read from")

@@ -12,7 +12,8 @@ import (
 	"github.com/trackpilots/apikey/internal/shared"
 )
 
-// A CachedRecord is what Redis holds of a key or a plan, for people to look at.
+// A CachedRecord is the record of a key or a plan in Redis, for tools that explain
+// decisions.
 type CachedRecord[V Key | Plan] struct {
 	Name     string    // in Redis
 	Found    bool      // false: Redis holds none, and all below is zero
@@ -23,8 +24,8 @@ type CachedRecord[V Key | Plan] struct {
 	Plan     *Plan     // of a key: its organisation's plan, if the record has that too; else nil
 }
 
-// InspectKey returns the record of a key in Redis, whatever it is worth; the error
-// is that Redis could not be read.
+// InspectKey returns the record of a key in Redis, also one that may not be used. The
+// error is that Redis could not be read.
 func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], error) {
 	name, rec, err := c.keys.Inspect(h)
 	r, err := inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
