@@ -4,7 +4,9 @@ package apikey_test
 // somebody always announces.
 
 import (
+	"net/url"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -105,6 +107,39 @@ func TestAnnouncer(t *testing.T) {
 	changes("somebody else keeps the place", 6*time.Second)
 	if err := f.pool.QueryRow(t.Context(), `SELECT `+feed.AnnouncerSQL).Scan(&is); err != nil || !is {
 		t.Errorf("there is an announcer: %v, %v", is, err)
+	}
+}
+
+// TestStrictRole: a role that may only read, whose statements may not take long, and
+// whose transactions are serializable, hears of changes all the same.
+func TestStrictRole(t *testing.T) {
+	t.Parallel()
+	w := newPostgresWorld(t)
+	role := "strict_" + strings.ToLower(w.pool.Config().ConnConfig.Database[12:])
+	mustExec(t, w.pool, `CREATE ROLE `+role+` LOGIN PASSWORD 'p'`)
+	t.Cleanup(func() { mustExec(t, w.pool, `DROP OWNED BY `+role+`; DROP ROLE `+role) })
+	mustExec(t, w.pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
+	for _, setting := range []string{`default_transaction_read_only = on`, `statement_timeout = '1s'`, `lock_timeout = '1ms'`, `default_transaction_isolation = 'serializable'`} {
+		mustExec(t, w.pool, `ALTER ROLE `+role+` SET `+setting)
+	}
+	u, err := url.Parse(w.pool.Config().ConnString())
+	mustNot(t, err)
+	u.User = url.UserPassword(role, "p")
+	pool := testservers.Pool(t, u.String())
+	first := watchedReplica(t, pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	second := watchedReplica(t, pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	for range 20 {
+		apiKey, org := w.enrol(t, live, paid)
+		for _, r := range []replica{first, second} {
+			r.wantCode(t, apiKey, admitted)
+		}
+		mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+		for _, r := range []replica{first, second} {
+			waitFor(t, func() bool { return r.ask(apiKey) == invalid })
+			if s := r.cache.Stats(); !s.FeedLive || s.FeedErr != nil {
+				t.Fatalf("the feed is lost: %v", s.FeedErr)
+			}
+		}
 	}
 }
 

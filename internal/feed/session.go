@@ -52,11 +52,13 @@ const (
 	// until the session ends.
 	tryLockSQL = `SELECT pg_catalog.pg_try_advisory_lock(` + announcerLock + `, pg_catalog.hashtext('apikey_outbox'::regclass::oid::text))`
 
-	// The session is idle for good. When this replica is suspended, or the network is gone,
-	// the server is to notice soon: a session that is not read from holds up the
-	// notification queue and VACUUM.
+	// Whatever the role's settings are, the session announces, and waits for others who do.
+	// It is idle for good. When this replica is suspended, or the network is gone, the server
+	// is to notice soon: a session that is not read from holds up the notification queue
+	// and VACUUM.
 	settingsSQL = `SELECT pg_catalog.set_config(name, value, false) FROM pg_catalog.pg_settings JOIN (VALUES
-		('default_transaction_isolation', 'read committed'), ('idle_session_timeout', '0'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
+		('default_transaction_isolation', 'read committed'), ('default_transaction_read_only', 'off'), ('statement_timeout', '0'),
+		('lock_timeout', '0'), ('idle_session_timeout', '0'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
 		('tcp_user_timeout', '30000')) AS s (name, value) USING (name)`
 )
 
