@@ -4,13 +4,20 @@ package apikey_test
 // and files that they name are there.
 
 import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -36,15 +43,60 @@ func documents(t *testing.T) (names []string) {
 	return names
 }
 
+// TestReadmeProgram builds the program, and runs it as the role for services: it admits a
+// key, and when it is told to end it has written when that was used.
 func TestReadmeProgram(t *testing.T) {
 	program := regexp.MustCompile("(?s)```go\n(package main.*?)```").FindStringSubmatch(readme(t))
 	if program == nil {
 		t.Fatal("the README has no program")
 	}
-	file := filepath.Join(t.TempDir(), "main.go")
-	mustNot(t, os.WriteFile(file, []byte(program[1]), 0o600))
-	if out, err := exec.Command("go", "vet", file).CombinedOutput(); err != nil {
-		t.Errorf("%v\n%s", err, out)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	mustNot(t, err)
+	addr := listener.Addr().String()
+	mustNot(t, listener.Close())
+	dir := t.TempDir()
+	file, binary := filepath.Join(dir, "main.go"), filepath.Join(dir, "service")
+	mustNot(t, os.WriteFile(file, []byte(strings.Replace(program[1], `":8080"`, strconv.Quote(addr), 1)), 0o600))
+	for _, args := range [][]string{{"vet", file}, {"build", "-o", binary, file}} {
+		if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+
+	w := newPostgresWorld(t)
+	url, _ := w.asReader(t, true)
+	apiKey, org := w.enrol(t, live, paid)
+	cmd := exec.Command(binary)
+	cmd.Env = append(os.Environ(), "DATABASE_URL="+url, "REDIS_URL="+testservers.RedisURL(t), fmt.Sprintf("APIKEY_CACHE_SECRET=%x", newSecret()))
+	var log lines
+	cmd.Stdout, cmd.Stderr = &log, &log
+	mustNot(t, cmd.Start())
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	defer cmd.Process.Kill() //nolint:errcheck // it has ended
+	var body []byte
+	waitFor(t, func() bool {
+		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+addr+"/v1/whoami", nil)
+		mustNot(t, err)
+		r.Header.Set("Authorization", "Bearer "+apiKey)
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		body, _ = io.ReadAll(resp.Body)
+		return resp.StatusCode == http.StatusOK
+	})
+	http.DefaultClient.CloseIdleConnections()
+	if want := org.ID + " " + org.KeyID + " starter\n"; string(body) != want {
+		t.Errorf("it answers %q, want %q", body, want)
+	}
+	mustNot(t, cmd.Process.Signal(syscall.SIGTERM))
+	if err := <-exited; err != nil {
+		t.Errorf("it ends with %v\n%s", err, log.take())
+	}
+	if info, _, err := admin.NewKeys(w.pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
+		t.Errorf("the last use is not written: %v, %v\n%s", info.LastUsedAt, err, log.take())
 	}
 }
 

@@ -195,24 +195,35 @@ func mustNot(t testing.TB, err error) {
 	}
 }
 
-// TestReaderRole: the role for services is enough for the middleware, and for
-// nothing else.
-func TestReaderRole(t *testing.T) {
+// asReader creates the role for services, as the documents have it, and returns the URL of
+// the database for it. What recording last uses takes is granted, or returned.
+func (w *postgresWorld) asReader(t *testing.T, records bool) (asReader, toRecord string) {
+	t.Helper()
 	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE apikey_reader.*?)(GRANT [^\n]*api_key_uses[^\n]*)\n```").FindStringSubmatch(document(t, "docs/operations.md"))
 	if block == nil {
 		t.Fatal("there is no SQL that creates apikey_reader")
 	}
-	w := newPostgresWorld(t)
 	role := "apikey_reader_" + strings.ToLower(w.pool.Config().ConnConfig.Database[12:])
 	mustExec(t, w.pool, strings.ReplaceAll(block[1], "apikey_reader", role))
 	t.Cleanup(func() { mustExec(t, w.pool, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
 	mustExec(t, w.pool, "ALTER ROLE "+role+" PASSWORD 'reader'")
-	apiKey, org := w.enrol(t, live, paid)
-
+	toRecord = strings.ReplaceAll(block[2], "apikey_reader", role)
+	if records {
+		mustExec(t, w.pool, toRecord)
+	}
 	as, err := url.Parse(w.pool.Config().ConnString())
 	mustNot(t, err)
 	as.User = url.UserPassword(role, "reader")
-	pool := testservers.Pool(t, as.String())
+	return as.String(), toRecord
+}
+
+// TestReaderRole: the role for services is enough for the middleware, and for
+// nothing else.
+func TestReaderRole(t *testing.T) {
+	w := newPostgresWorld(t)
+	asReader, toRecord := w.asReader(t, false)
+	apiKey, org := w.enrol(t, live, paid)
+	pool := testservers.Pool(t, asReader)
 	r := watchedReplica(t, pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
 	r.wantCode(t, apiKey, admitted)
 	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
@@ -242,7 +253,7 @@ func TestReaderRole(t *testing.T) {
 	if err := record(); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("recording a use: %v, want permission denied", err)
 	}
-	mustExec(t, w.pool, strings.ReplaceAll(block[2], "apikey_reader", role))
+	mustExec(t, w.pool, toRecord)
 	mustNot(t, record())
 	if info, _, err := admin.NewKeys(w.pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
 		t.Errorf("last used %v, %v", info.LastUsedAt, err)
