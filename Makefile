@@ -6,12 +6,13 @@ FUZZ     = FuzzKey:./internal/bearer FuzzDecoder:./internal/sealed FuzzParse:./i
 FUZZTIME = 50000x
 
 SOAK     = 2m
+BASE     = $(shell git describe --tags --abbrev=0)
 FLOOD    = 1000000
 COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m \
 	-load.keys=100000 -storm.keys=10000 -storm.rate=4000 -storm.for=5s \
 	-fleet.sizes=50,100,200,400 -fleet.for=10s
 
-.PHONY: test servers lint fuzz soak flood bench demo
+.PHONY: test servers lint fuzz soak flood bench api benchstat demo
 
 test: servers
 	set -e; for module in $(MODULES); do (cd $$module && go vet ./... && go test -race -shuffle=on -count=1 -parallel=8 ./...); done
@@ -39,6 +40,16 @@ flood: servers
 bench: servers
 	go test -run='^$$' -bench=. -benchmem .
 	cd bench && go test -count=1 -run='^(TestCompare|TestHitRatio|TestLoad|TestStorm|TestFleet)$$' $(COMPARE) -timeout=0 -v .
+
+# What the API has lost and gained since the last tag, and how fast a request is beside it.
+api:
+	go run golang.org/x/exp/cmd/gorelease@v0.0.0-20260410095643-746e56fc9e2f -base=$(BASE)
+
+benchstat: servers
+	rm -rf .base && git worktree add -f .base $(BASE) && trap 'git worktree remove --force .base' EXIT; \
+	for n in 1 2 3 4 5 6; do for at in .base .; do \
+		(cd $$at && go test -run='^$$' -bench=BenchmarkAccept -benchtime=300ms .) >>$$at/benchstat.txt; done; done; \
+	go run golang.org/x/perf/cmd/benchstat@latest before=.base/benchstat.txt after=benchstat.txt; rm benchstat.txt
 
 demo:
 	go run ./cmd/apikey demo

@@ -39,44 +39,44 @@ func (e *Error) Is(target error) bool {
 var (
 	// ErrAuthorizationHeaderMissing: the request has no Authorization field.
 	ErrAuthorizationHeaderMissing = &Error{
-		http.StatusUnauthorized, "Authentication token header is missing",
-		"Authorization header is missing", "AUTHORIZATION_HEADER_MISSING",
+		StatusCode: http.StatusUnauthorized, StatusMessage: "Authentication token header is missing",
+		Message: "Authorization header is missing", Code: "AUTHORIZATION_HEADER_MISSING",
 	}
 	// ErrInvalidAPIKeySchema: the Authorization field is not of the Bearer scheme.
 	ErrInvalidAPIKeySchema = &Error{
-		http.StatusUnauthorized, "Invalid authentication token schema",
-		"Authorization header must start with 'Bearer'", "INVALID_API_KEY_SCHEMA",
+		StatusCode: http.StatusUnauthorized, StatusMessage: "Invalid authentication token schema",
+		Message: "Authorization header must start with 'Bearer'", Code: "INVALID_API_KEY_SCHEMA",
 	}
 	// ErrAPIKeyMissing: nothing follows Bearer.
 	ErrAPIKeyMissing = &Error{
-		http.StatusUnauthorized, "Authentication token is missing",
-		"API key value is missing", "API_KEY_MISSING",
+		StatusCode: http.StatusUnauthorized, StatusMessage: "Authentication token is missing",
+		Message: "API key value is missing", Code: "API_KEY_MISSING",
 	}
 	// ErrInvalidAPIKey: the key is malformed, unknown, deactivated, deleted or
 	// expired. Which of these is not told.
 	ErrInvalidAPIKey = &Error{
-		http.StatusUnauthorized, "Authentication failed",
-		"Provided API key is invalid or inactive", "INVALID_API_KEY",
+		StatusCode: http.StatusUnauthorized, StatusMessage: "Authentication failed",
+		Message: "Provided API key is invalid or inactive", Code: "INVALID_API_KEY",
 	}
 	// ErrPlanExpired: the key is live, but the organisation's plan does not pass
 	// [Plan.AllowsAPI].
 	ErrPlanExpired = &Error{
-		http.StatusUnauthorized, "Upgrade required",
-		"Upgrade required to use Trackpilots APIs", "PLAN_EXPIRED",
+		StatusCode: http.StatusUnauthorized, StatusMessage: "Upgrade required",
+		Message: "Upgrade required to use Trackpilots APIs", Code: "PLAN_EXPIRED",
 	}
 	// ErrUnavailable: whether the key is good could not be found out. It says
 	// nothing about the key; clients should try again.
 	ErrUnavailable = &Error{
-		http.StatusServiceUnavailable, "Service unavailable",
-		"Authentication is temporarily unavailable", "SERVICE_UNAVAILABLE",
+		StatusCode: http.StatusServiceUnavailable, StatusMessage: "Service unavailable",
+		Message: "Authentication is temporarily unavailable", Code: "SERVICE_UNAVAILABLE",
 	}
 )
 
 // errInternal stands in for errors that have no envelope of their own. Their
 // texts are for the log and never reach the customer.
 var errInternal = &Error{
-	http.StatusInternalServerError, "Internal server error",
-	"An unexpected error occurred", "INTERNAL_SERVER_ERROR",
+	StatusCode: http.StatusInternalServerError, StatusMessage: "Internal server error",
+	Message: "An unexpected error occurred", Code: "INTERNAL_SERVER_ERROR",
 }
 
 // bodies holds the replies that never change.
@@ -187,7 +187,7 @@ func ErrorFromResponse(resp *http.Response) error {
 	if err := json.Unmarshal(body, &e); err != nil || e.Success || e.Error.Code == "" {
 		return fmt.Errorf("apikey: an answer with status %d that is not the error envelope", resp.StatusCode)
 	}
-	return &Error{resp.StatusCode, e.StatusMessage, e.Error.Message, e.Error.Code}
+	return &Error{StatusCode: resp.StatusCode, StatusMessage: e.StatusMessage, Message: e.Error.Message, Code: e.Error.Code}
 }
 
 const defaultRealm = "api"

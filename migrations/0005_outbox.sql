@@ -81,7 +81,8 @@ BEGIN
 
     -- Where no replica listens nobody takes the rows away.
     IF pg_catalog.random() < 0.001 AND NOT EXISTS (
-        SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND classid = 1634757477) THEN
+        SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg_database d ON d.oid = database
+        WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = 1634757477) THEN
         DELETE FROM apikey_outbox WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM apikey_outbox WHERE at < now() - interval '1 hour' LIMIT 10000 FOR UPDATE SKIP LOCKED));
     END IF;
