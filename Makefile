@@ -7,12 +7,14 @@ FUZZTIME = 50000x
 
 SOAK     = 2m
 BASE     = $(shell git describe --tags --abbrev=0)
+APIDIFF  = go run golang.org/x/exp/cmd/apidiff@v0.0.0-20260410095643-746e56fc9e2f
+BENCHSTAT = go run golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 FLOOD    = 1000000
 COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m \
 	-load.keys=100000 -storm.keys=10000 -storm.rate=4000 -storm.for=5s \
 	-fleet.sizes=50,100,200,400 -fleet.for=10s
 
-.PHONY: test servers lint fuzz soak flood bench api benchstat demo
+.PHONY: test servers lint fuzz soak flood bench api benchstat api-beside benchstat-beside demo
 
 test: servers
 	set -e; for module in $(MODULES); do (cd $$module && go vet ./... && go test -race -shuffle=on -count=1 -parallel=8 ./...); done
@@ -42,14 +44,21 @@ bench: servers
 	cd bench && go test -count=1 -run='^(TestCompare|TestHitRatio|TestLoad|TestStorm|TestFleet)$$' $(COMPARE) -timeout=0 -v .
 
 # What the API has lost and gained since the last tag, and how fast a request is beside it.
-api:
-	go run golang.org/x/exp/cmd/gorelease@v0.0.0-20260410095643-746e56fc9e2f -base=$(BASE)
+api benchstat: .base
+	set -e; trap 'git worktree remove --force .base; rm -f before.txt after.txt' EXIT; $(MAKE) -s $@-beside
 
-benchstat: servers
-	rm -rf .base && git worktree add -f .base $(BASE) && trap 'git worktree remove --force .base' EXIT; \
-	for n in 1 2 3 4 5 6; do for at in .base .; do \
-		(cd $$at && go test -run='^$$' -bench=BenchmarkAccept -benchtime=300ms .) >>$$at/benchstat.txt; done; done; \
-	go run golang.org/x/perf/cmd/benchstat@latest before=.base/benchstat.txt after=benchstat.txt; rm benchstat.txt
+api-beside:
+	cd .base && $(APIDIFF) -m -w ../before.txt github.com/trackpilots/apikey
+	$(APIDIFF) -m before.txt github.com/trackpilots/apikey
+
+benchstat-beside:
+	for n in 1 2 3 4 5 6; do \
+		(cd .base && go test -run='^$$' -bench=BenchmarkAccept -benchtime=300ms .) >>before.txt; \
+		go test -run='^$$' -bench=BenchmarkAccept -benchtime=300ms . >>after.txt; done
+	$(BENCHSTAT) before.txt after.txt
+
+.base:
+	git worktree add -q -f .base $(BASE)
 
 demo:
 	go run ./cmd/apikey demo
