@@ -113,9 +113,9 @@ func BenchmarkAccept(b *testing.B) {
 func BenchmarkAnnouncements(b *testing.B) {
 	const keys = 5000
 	fleet := newFleet(b, 1, nil)
-	mustExec(b, fleet.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
-	mustExec(b, fleet.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
-	mustExec(b, fleet.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(b, fleet.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(b, fleet.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(b, fleet.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
 	h := fleet.replicas[0].Handler(http.HandlerFunc(keep))
 	var requests []*http.Request
 	for i := range keys {

@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
-	"regexp"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -35,7 +34,6 @@ const (
 	minSecretLen = 32
 	minStaleness = 100 * time.Millisecond
 	absentKeys   = 1024 // held, so that a flood of made-up keys takes no memory
-	redisKeyRoot = "apikey:3:"
 
 	// A refusal needs better facts than an admission: a customer who has just paid
 	// tries again at once.
@@ -130,8 +128,6 @@ func (o *CacheOptions) withDefaults() CacheOptions {
 	return r
 }
 
-var namespaceForm = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
-
 // check returns what is wrong with o, "" if nothing is.
 func (o CacheOptions) check() string {
 	switch {
@@ -141,7 +137,7 @@ func (o CacheOptions) check() string {
 		return fmt.Sprintf("RefreshAfter is %v: use at least MaxStaleness, %v", o.RefreshAfter, o.MaxStaleness)
 	case o.StaleIfError < o.MaxStaleness:
 		return fmt.Sprintf("StaleIfError is %v: use at least MaxStaleness, %v", o.StaleIfError, o.MaxStaleness)
-	case !namespaceForm.MatchString(o.Namespace):
+	case !shared.ValidNamespace(o.Namespace):
 		return fmt.Sprintf("Namespace is %q: use up to 64 of the characters A-Z a-z 0-9 - _ .", o.Namespace)
 	case slices.ContainsFunc(o.AcceptedSecrets, func(s []byte) bool { return len(s) < minSecretLen }):
 		return fmt.Sprintf("AcceptedSecrets has one of less than %d bytes: use those that NewCache is given elsewhere", minSecretLen)
@@ -242,7 +238,7 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		RefreshAfter: o.RefreshAfter, StaleIfError: o.StaleIfError,
 	}
 
-	root := redisKeyRoot
+	root := shared.Root
 	if o.Namespace != "" {
 		root += o.Namespace + ":"
 	}

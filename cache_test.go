@@ -520,7 +520,7 @@ func TestForgery(t *testing.T) {
 
 	put(revokedName, goodKey)
 	rejected("a live key's record for a revoked key", revokedKey, invalid, 1)
-	mustExec(t, w.pool, `UPDATE api_keys SET active = true WHERE id = $1`, revokedOrg.KeyID)
+	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = true WHERE id = $1`, revokedOrg.KeyID)
 	if err := rdb.Del(t.Context(), revokedName).Err(); err != nil {
 		t.Fatal(err)
 	}

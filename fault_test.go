@@ -100,10 +100,10 @@ func redisOutages() []outage {
 
 func postgresOutages() []outage {
 	sql := func(statement string) func(testing.TB, *rig) {
-		return func(t testing.TB, rg *rig) { mustExec(t, rg.pool, statement) }
+		return func(t testing.TB, rg *rig) { testservers.Exec(t, rg.pool, statement) }
 	}
 	endSessions := func(t testing.TB, rg *rig) {
-		mustExec(t, rg.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+		testservers.Exec(t, rg.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE datname = current_database() AND pid <> pg_backend_pid()`)
 	}
 	both := func(a, b func(testing.TB, *rig)) func(testing.TB, *rig) {

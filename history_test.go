@@ -46,7 +46,7 @@ func TestAnotherDatabase(t *testing.T) {
 			for i := range pools {
 				servers[i] = testservers.StartPostgres(t)
 				pools[i] = testservers.Pool(t, testservers.Migrated(t, servers[i].URL))
-				mustExec(t, pools[i], `DO $$ BEGIN FOR i IN 1..`+strconv.Itoa(burnt[i])+` LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$`)
+				testservers.Exec(t, pools[i], `DO $$ BEGIN FOR i IN 1..`+strconv.Itoa(burnt[i])+` LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$`)
 			}
 			address, proxy := testservers.ProxyPostgres(t, servers[0].URL)
 			rdb, secret := testservers.Redis(t), newSecret()
@@ -60,7 +60,7 @@ func TestAnotherDatabase(t *testing.T) {
 			copyKey(t, other, restored, restoredOrg, true)
 			r := watchedReplica(t, testservers.Pool(t, address), rdb, secret, opts)
 			for range 10 { // leave marks
-				mustExec(t, pools[0], `UPDATE api_keys SET expires_at = now() + '1 day'`)
+				testservers.Exec(t, pools[0], `UPDATE api_keys SET expires_at = now() + '1 day'`)
 			}
 			waitFor(t, func() bool {
 				return r.ask(revoked) == admitted && r.ask(restored) == invalid && r.ask(lost) == admitted
@@ -79,7 +79,7 @@ func TestAnotherDatabase(t *testing.T) {
 			if n := r.cache.Stats().StoreReads - before; n > 2 {
 				t.Errorf("%d lookups of one key: it is refuted over and over, or not vouched for", n)
 			}
-			mustExec(t, pools[1], `UPDATE api_keys SET active = NOT active`)
+			testservers.Exec(t, pools[1], `UPDATE api_keys SET active = NOT active`)
 			within(t, r, revoked, admitted)
 			within(t, r, restored, invalid)
 
@@ -110,9 +110,9 @@ func TestAnotherDatabase(t *testing.T) {
 func copyKey(t *testing.T, other *postgresWorld, apiKey string, org apikey.Org, active bool) {
 	t.Helper()
 	h := apikey.HashKey(apiKey)
-	mustExec(t, other.pool, `INSERT INTO organisations VALUES ($1)`, org.ID)
-	mustExec(t, other.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, org.ID)
-	mustExec(t, other.pool, `INSERT INTO api_keys (id, org_id, key_hash, active) VALUES ($1, $2, $3, $4)`, org.KeyID, org.ID, h[:], active)
+	testservers.Exec(t, other.pool, `INSERT INTO organisations VALUES ($1)`, org.ID)
+	testservers.Exec(t, other.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, org.ID)
+	testservers.Exec(t, other.pool, `INSERT INTO api_keys (id, org_id, key_hash, active) VALUES ($1, $2, $3, $4)`, org.KeyID, org.ID, h[:], active)
 }
 
 // TestPromotedStandby: the primary dies, and a standby takes over that has not received
@@ -129,7 +129,7 @@ func TestPromotedStandby(t *testing.T) {
 	lost, lostOrg := w.enrol(t, live, paid)
 	r.wantCode(t, kept, admitted)
 	r.wantCode(t, lost, admitted)
-	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, keptOrg.KeyID)
+	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, keptOrg.KeyID)
 	within(t, r, kept, invalid)
 	onStandby := testservers.Pool(t, standby.URL)
 	waitFor(t, func() bool {
@@ -138,16 +138,16 @@ func TestPromotedStandby(t *testing.T) {
 		return err == nil && !active
 	})
 	linkProxy.Set(t, testservers.Down)
-	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, lostOrg.KeyID) // is never heard of again
+	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, lostOrg.KeyID) // is never heard of again
 	within(t, r, lost, invalid)
 
 	primary.Crash(t)
-	mustExec(t, onStandby, `SELECT pg_promote()`)
+	testservers.Exec(t, onStandby, `SELECT pg_promote()`)
 	proxy.Redirect(t, standby.URL)
 	within(t, r, lost, admitted) // as the new primary has it
 	within(t, r, kept, invalid)
 	waitFor(t, func() bool { return r.cache.Stats().FeedLive })
-	mustExec(t, onStandby, `UPDATE api_keys SET active = NOT active`)
+	testservers.Exec(t, onStandby, `UPDATE api_keys SET active = NOT active`)
 	within(t, r, lost, invalid)
 	within(t, r, kept, admitted)
 	if n := r.cache.Stats().Unannounced; n != 0 {
@@ -168,11 +168,11 @@ func TestStandbyReads(t *testing.T) {
 	waitFor(t, func() bool { return cache.Stats().FeedLive })
 	r := replica{apikey.New(apikey.NewPostgresKeyStore(standby), apikey.NewPostgresPlanStore(standby), &apikey.Options{Cache: cache}), cache}
 	waitFor(t, func() bool { return r.ask(apiKey) == admitted })
-	mustExec(t, standby, `SELECT pg_wal_replay_pause()`)
-	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, standby, `SELECT pg_wal_replay_pause()`)
+	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	waitFor(t, func() bool { return cache.Stats().Announcements >= 1 })
 	r.ask(apiKey) // reads what the standby has, after the announcement
-	mustExec(t, standby, `SELECT pg_wal_replay_resume()`)
+	testservers.Exec(t, standby, `SELECT pg_wal_replay_resume()`)
 	within(t, r, apiKey, invalid)
 	if got := cache.Stats(); got.StandbyReads == 0 || !got.FeedLive {
 		t.Errorf("%+v, want reads of a standby, beside a live feed", got)
@@ -199,7 +199,7 @@ func TestReadsElsewhere(t *testing.T) {
 			if cache.Stats().FeedErr.Error() != "the stores read from another server or database than the one that announces: is a proxy or a switch-over in between?" {
 				t.Errorf("FeedErr is %v", cache.Stats().FeedErr)
 			}
-			mustExec(t, there.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+			testservers.Exec(t, there.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 			within(t, r, apiKey, invalid)
 		})
 	}
@@ -209,7 +209,7 @@ func TestReadsElsewhere(t *testing.T) {
 // one secret. An organisation has paid in the first only.
 func TestOneRedis(t *testing.T) {
 	schema := func(t *testing.T, paid string) string {
-		mustExec(t, testservers.Pool(t, paid), `CREATE SCHEMA other`)
+		testservers.Exec(t, testservers.Pool(t, paid), `CREATE SCHEMA other`)
 		return testservers.Migrated(t, paid+"&search_path=other")
 	}
 	for name, other := range map[string]func(t *testing.T, paid string) string{
@@ -223,7 +223,7 @@ func TestOneRedis(t *testing.T) {
 			second := newPostgresWorldOn(t, testservers.Pool(t, other(t, url)))
 			apiKey, org := first.enrol(t, live, paid)
 			copyKey(t, second, apiKey, org, true)
-			mustExec(t, second.pool, `UPDATE org_plans SET status = 'past_due'`)
+			testservers.Exec(t, second.pool, `UPDATE org_plans SET status = 'past_due'`)
 			for _, replicas := range []func(w *postgresWorld) replica{
 				func(w *postgresWorld) replica { return newPostgresReplica(w, rdb, secret, nil) }, // the plan comes with the key
 				func(w *postgresWorld) replica { return newReplica(w, rdb, secret, nil) },         // or by itself
@@ -267,7 +267,7 @@ func TestOthersHooks(t *testing.T) {
 	})
 	apiKey, org := f.enrol(t, live, paid)
 	f.replicas[0].wantCode(t, apiKey, admitted)
-	mustExec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	waitFor(t, func() bool { return f.replicas[0].ask(apiKey) == invalid })
 	if len(notified) > 0 {
 		t.Error("the service's handler was given what the feed listens to")
@@ -295,7 +295,7 @@ func TestBusyPool(t *testing.T) {
 			t.Fatalf("the feed is not live: %v", r.cache.Stats().FeedErr)
 		}
 	}
-	mustExec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	waitFor(t, func() bool { return r.ask(apiKey) == unavailable }) // overtaken, and cannot be read
 	if got := r.cache.Stats(); got.StaleUses != 0 || !got.FeedLive {
 		t.Errorf("%+v", got)

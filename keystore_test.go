@@ -16,6 +16,7 @@ import (
 	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
@@ -31,18 +32,18 @@ func TestHashKey(t *testing.T) {
 // TestConformance: the stores do what every store must.
 func TestConformance(t *testing.T) {
 	pool := testservers.Postgres(t)
-	mustExec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false)`)
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false)`)
 	apikeytest.TestKeyStore(t, apikeytest.Keys{
 		Store: apikey.NewPostgresKeyStore(pool),
 		Put: func(t *testing.T, h apikey.KeyHash, k apikey.Key) (id string) {
 			err := pool.QueryRow(t.Context(), `INSERT INTO api_keys (org_id, key_hash, active, expires_at) VALUES ($1, $2, $3, $4)
 				ON CONFLICT (key_hash) DO UPDATE SET org_id = excluded.org_id, active = excluded.active, expires_at = excluded.expires_at
-				RETURNING id::text`, k.OrgID, h[:], k.Active, orNull(k.ExpiresAt)).Scan(&id)
+				RETURNING id::text`, k.OrgID, h[:], k.Active, pg.NullTime(k.ExpiresAt)).Scan(&id)
 			mustNot(t, err)
 			return id
 		},
 		Remove: func(t *testing.T, h apikey.KeyHash) {
-			mustExec(t, pool, `DELETE FROM api_keys WHERE key_hash = $1`, h[:])
+			testservers.Exec(t, pool, `DELETE FROM api_keys WHERE key_hash = $1`, h[:])
 		},
 	})
 	plans := admin.NewPlans(pool)
@@ -51,7 +52,9 @@ func TestConformance(t *testing.T) {
 		Put: func(t *testing.T, orgID string, p apikey.Plan) {
 			mustNot(t, plans.Subscribe(t.Context(), orgID, p.Name, p.Status, p.EndsAt))
 		},
-		Remove: func(t *testing.T, orgID string) { mustExec(t, pool, `DELETE FROM org_plans WHERE org_id = $1`, orgID) },
+		Remove: func(t *testing.T, orgID string) {
+			testservers.Exec(t, pool, `DELETE FROM org_plans WHERE org_id = $1`, orgID)
+		},
 	})
 }
 
@@ -108,7 +111,7 @@ func TestStoresCouldNotLook(t *testing.T) {
 	}
 	closed.Close()
 	empty := testservers.Postgres(t)
-	mustExec(t, empty, `DROP TABLE api_keys, api_key_uses, org_plans`)
+	testservers.Exec(t, empty, `DROP TABLE api_keys, api_key_uses, org_plans`)
 
 	for name, c := range map[string]struct {
 		ctx context.Context
@@ -160,7 +163,7 @@ func TestStoresOnAnyDB(t *testing.T) {
 // size at which a scan would hurt.
 func TestLookupsUseIndexes(t *testing.T) {
 	pool := testservers.Postgres(t)
-	mustExec(t, pool, `
+	testservers.Exec(t, pool, `
 		INSERT INTO plan_catalogue SELECT 'plan' || i, true FROM generate_series(1, 5) i;
 		INSERT INTO org_plans (org_id, plan, status)
 			SELECT 'org' || i, 'plan' || 1 + i % 5, 'active' FROM generate_series(1, 20000) i;

@@ -36,7 +36,7 @@ func TestLastUsed(t *testing.T) {
 	if _, err := other.Authenticate(r); err != nil {
 		t.Fatal(err)
 	}
-	mustExec(t, f.pool, `TRUNCATE apikey_outbox`)
+	testservers.Exec(t, f.pool, `TRUNCATE apikey_outbox`)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -60,7 +60,7 @@ func TestLastUsed(t *testing.T) {
 	}
 
 	// What cannot be written is told in the end.
-	mustExec(t, f.pool, `ALTER TABLE api_keys RENAME TO gone`)
+	testservers.Exec(t, f.pool, `ALTER TABLE api_keys RENAME TO gone`)
 	again := apikey.NewLastUsed(f.pool, 0)
 	if _, err := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
 		return apikey.Key{ID: org.KeyID, OrgID: org.ID, Active: true}, nil

@@ -60,7 +60,7 @@ func TestAnnouncer(t *testing.T) {
 		t.Helper()
 		revoked = !revoked
 		want := map[bool]string{true: invalid, false: admitted}[revoked]
-		mustExec(t, f.pool, `UPDATE api_keys SET active = $2 WHERE id = $1`, org.KeyID, !revoked)
+		testservers.Exec(t, f.pool, `UPDATE api_keys SET active = $2 WHERE id = $1`, org.KeyID, !revoked)
 		start := time.Now()
 		for _, r := range f.replicas {
 			waitFor(t, func() bool { return r.ask(apiKey) == want })
@@ -83,7 +83,7 @@ func TestAnnouncer(t *testing.T) {
 	}
 	first := announcer()
 	changes("all is well", 3*time.Second)
-	mustExec(t, f.pool, `SELECT pg_terminate_backend($1)`, first)
+	testservers.Exec(t, f.pool, `SELECT pg_terminate_backend($1)`, first)
 	changes("the announcer is killed", 6*time.Second)
 	if announcer() == first {
 		t.Error("the announcer was not killed")
@@ -96,7 +96,7 @@ func TestAnnouncer(t *testing.T) {
 	defer holder.Close(t.Context())
 	var is bool
 	waitFor(t, func() bool { // who comes first after the announcer has gone
-		mustExec(t, f.pool, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1634757477 AND pid <> $1
+		testservers.Exec(t, f.pool, `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1634757477 AND pid <> $1
 			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`, holder.PgConn().PID())
 		err := holder.QueryRow(t.Context(), `SELECT pg_try_advisory_lock(1634757477, hashtext('apikey_outbox'::regclass::oid::text))`).Scan(&is)
 		return err == nil && is
@@ -116,11 +116,11 @@ func TestStrictRole(t *testing.T) {
 	t.Parallel()
 	w := newPostgresWorld(t)
 	role := "strict_" + strings.ToLower(w.pool.Config().ConnConfig.Database[12:])
-	mustExec(t, w.pool, `CREATE ROLE `+role+` LOGIN PASSWORD 'p'`)
-	t.Cleanup(func() { mustExec(t, w.pool, `DROP OWNED BY `+role+`; DROP ROLE `+role) })
-	mustExec(t, w.pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
+	testservers.Exec(t, w.pool, `CREATE ROLE `+role+` LOGIN PASSWORD 'p'`)
+	t.Cleanup(func() { testservers.Exec(t, w.pool, `DROP OWNED BY `+role+`; DROP ROLE `+role) })
+	testservers.Exec(t, w.pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
 	for _, setting := range []string{`default_transaction_read_only = on`, `statement_timeout = '1s'`, `lock_timeout = '1ms'`, `default_transaction_isolation = 'serializable'`} {
-		mustExec(t, w.pool, `ALTER ROLE `+role+` SET `+setting)
+		testservers.Exec(t, w.pool, `ALTER ROLE `+role+` SET `+setting)
 	}
 	u, err := url.Parse(w.pool.Config().ConnString())
 	mustNot(t, err)
@@ -133,7 +133,7 @@ func TestStrictRole(t *testing.T) {
 		for _, r := range []replica{first, second} {
 			r.wantCode(t, apiKey, admitted)
 		}
-		mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+		testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 		for _, r := range []replica{first, second} {
 			waitFor(t, func() bool { return r.ask(apiKey) == invalid })
 			if s := r.cache.Stats(); !s.FeedLive || s.FeedErr != nil {
@@ -149,8 +149,8 @@ func TestNobodyListens(t *testing.T) {
 	t.Parallel()
 	w := newPostgresWorld(t)
 	_, org := w.enrol(t, live, paid)
-	mustExec(t, w.pool, `INSERT INTO apikey_outbox (kind, subject, at) SELECT 'plan', i::text, now() - interval '2 hours' FROM generate_series(1, 5000) i`)
-	mustExec(t, w.pool, `DO $$ BEGIN FOR i IN 1..15000 LOOP UPDATE org_plans SET ends_at = now() + i * interval '1 s' WHERE org_id = '`+org.ID+`'; COMMIT; END LOOP; END $$`)
+	testservers.Exec(t, w.pool, `INSERT INTO apikey_outbox (kind, subject, at) SELECT 'plan', i::text, now() - interval '2 hours' FROM generate_series(1, 5000) i`)
+	testservers.Exec(t, w.pool, `DO $$ BEGIN FOR i IN 1..15000 LOOP UPDATE org_plans SET ends_at = now() + i * interval '1 s' WHERE org_id = '`+org.ID+`'; COMMIT; END LOOP; END $$`)
 	var old, young int
 	err := w.pool.QueryRow(t.Context(), `SELECT count(*) FILTER (WHERE at < now() - interval '1 hour'), count(*) FILTER (WHERE at > now() - interval '1 hour') FROM apikey_outbox`).Scan(&old, &young)
 	if err != nil || old > 0 || young < 15000 {
@@ -168,19 +168,19 @@ func TestLogicalReplication(t *testing.T) {
 		server := testservers.StartPostgres(t, "-c", "wal_level=logical")
 		pools[i] = testservers.Pool(t, testservers.Migrated(t, server.URL))
 	}
-	mustExec(t, pools[0], `CREATE PUBLICATION p FOR TABLE `+tables)
+	testservers.Exec(t, pools[0], `CREATE PUBLICATION p FOR TABLE `+tables)
 	from := pools[0].Config().ConnConfig
-	mustExec(t, pools[1], `CREATE SUBSCRIPTION s CONNECTION 'host=`+from.Host+` port=`+strconv.Itoa(int(from.Port))+` dbname=`+from.Database+` user=`+from.User+`' PUBLICATION p`)
-	defer mustExec(t, pools[1], `DROP SUBSCRIPTION s`)
+	testservers.Exec(t, pools[1], `CREATE SUBSCRIPTION s CONNECTION 'host=`+from.Host+` port=`+strconv.Itoa(int(from.Port))+` dbname=`+from.Database+` user=`+from.User+`' PUBLICATION p`)
+	defer testservers.Exec(t, pools[1], `DROP SUBSCRIPTION s`)
 	r := watchedReplica(t, pools[1], testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
 	writer := newPostgresWorldOn(t, pools[0])
 	apiKey, org := writer.enrol(t, live, paid)
 	waitFor(t, func() bool { return r.ask(apiKey) == admitted })
-	mustExec(t, pools[0], `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, pools[0], `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	waitFor(t, func() bool { return r.ask(apiKey) == invalid })
-	mustExec(t, pools[0], `UPDATE api_keys SET active = true WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, pools[0], `UPDATE api_keys SET active = true WHERE id = $1`, org.KeyID)
 	waitFor(t, func() bool { return r.ask(apiKey) == admitted })
-	mustExec(t, pools[0], `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`, org.ID)
+	testservers.Exec(t, pools[0], `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`, org.ID)
 	waitFor(t, func() bool { return r.ask(apiKey) == planExpired })
 	if n := r.cache.Stats().Unannounced; n > 0 {
 		t.Errorf("%d changes were not announced", n)

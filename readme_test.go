@@ -156,10 +156,10 @@ func TestAlterType(t *testing.T) {
 		t.Fatal("there is no such SQL")
 	}
 	pool := testservers.Postgres(t)
-	mustExec(t, pool, `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('k'))`)
-	mustExec(t, pool, block[1])
-	mustExec(t, pool, `TRUNCATE apikey_outbox`)
-	mustExec(t, pool, `SET session_replication_role = replica; UPDATE api_keys SET active = false; RESET session_replication_role`)
+	testservers.Exec(t, pool, `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('k'))`)
+	testservers.Exec(t, pool, block[1])
+	testservers.Exec(t, pool, `TRUNCATE apikey_outbox`)
+	testservers.Exec(t, pool, `SET session_replication_role = replica; UPDATE api_keys SET active = false; RESET session_replication_role`)
 	var waiting int
 	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox`).Scan(&waiting); err != nil || waiting != 1 {
 		t.Errorf("%d changes wait to be announced, %v, want 1", waiting, err)

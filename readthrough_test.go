@@ -65,7 +65,7 @@ func TestPlanChangesAlone(t *testing.T) {
 	f := newFleet(t, 2, &apikey.CacheOptions{MaxStaleness: time.Minute})
 	apiKey, org := f.enrol(t, live, paid)
 	h := apikey.HashKey("another-key-of-the-organisation")
-	mustExec(t, f.pool, `INSERT INTO api_keys (org_id, key_hash) VALUES ($1, $2)`, org.ID, h[:])
+	testservers.Exec(t, f.pool, `INSERT INTO api_keys (org_id, key_hash) VALUES ($1, $2)`, org.ID, h[:])
 	keys := []string{apiKey, "another-key-of-the-organisation"}
 	for _, key := range keys {
 		f.replicas[0].wantCode(t, key, admitted)
@@ -73,7 +73,7 @@ func TestPlanChangesAlone(t *testing.T) {
 	name, _ := f.replicas[0].cache.RedisNames(h, org.ID)
 	waitFor(t, func() bool { return f.rdb.Exists(t.Context(), name).Val() == 1 })
 	before := f.replicas[0].cache.Stats().StoreReads
-	mustExec(t, f.pool, `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`, org.ID)
+	testservers.Exec(t, f.pool, `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`, org.ID)
 	for i, r := range f.replicas { // the second one has the key from Redis
 		waitFor(t, func() bool { return r.cache.Stats().Announcements >= 4 }) // org, two keys, and the change
 		for _, key := range keys {
@@ -151,9 +151,9 @@ func TestPlanStaysWithItsStore(t *testing.T) {
 func TestColdKeysGoTogether(t *testing.T) {
 	const keys = 2000
 	w := newPostgresWorld(t)
-	mustExec(t, w.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
-	mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
-	mustExec(t, w.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(t, w.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(t, w.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
 	patient := &apikey.CacheOptions{StoreTimeout: 10 * time.Second, RedisTimeout: 10 * time.Second} // on a busy machine
 	for name, r := range map[string]replica{
 		"joined":   newPostgresReplica(w, testservers.Redis(t), newSecret(), patient),
@@ -236,7 +236,7 @@ func TestOverloadIsNoOutage(t *testing.T) {
 			mustNot(t, err)
 			defer conn.Release()
 		}
-		mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+		testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 		time.Sleep(100 * time.Millisecond)
 		for range 5 {
 			r.wantCode(t, apiKey, unavailable)
@@ -372,9 +372,9 @@ func TestRevokedUnderLoad(t *testing.T) {
 			address, proxy := testservers.ProxyPostgres(t, w.pool.Config().ConnString())
 			proxy.Delay(5 * time.Millisecond)
 			pool := testservers.Pool(t, address)
-			mustExec(t, w.pool, `INSERT INTO organisations VALUES ('many')`)
-			mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ('many', 'starter', 'active')`)
-			mustExec(t, w.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'many', sha256(('a-key-of-many-' || i)::bytea) FROM generate_series(0, 2999) i`)
+			testservers.Exec(t, w.pool, `INSERT INTO organisations VALUES ('many')`)
+			testservers.Exec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ('many', 'starter', 'active')`)
+			testservers.Exec(t, w.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'many', sha256(('a-key-of-many-' || i)::bytea) FROM generate_series(0, 2999) i`)
 			cache := apikey.NewCache(testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: maxStaleness})
 			r := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
 			var revokedAt, refused, late, longest atomic.Int64
@@ -397,7 +397,7 @@ func TestRevokedUnderLoad(t *testing.T) {
 			n := 0
 			for start := time.Now(); time.Since(start) < 2*maxStaleness+2*slack; time.Sleep(time.Millisecond) {
 				if revokedAt.Load() == 0 && time.Since(start) > maxStaleness {
-					mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE key_hash IN (SELECT sha256(('a-key-of-many-' || i)::bytea) FROM generate_series(0, 499) i)`)
+					testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE key_hash IN (SELECT sha256(('a-key-of-many-' || i)::bytea) FROM generate_series(0, 499) i)`)
 					revokedAt.Store(time.Now().UnixNano())
 				}
 				for range 2 {

@@ -152,7 +152,7 @@ func TestFailInEveryWay(t *testing.T) {
 	for _, store := range []apikey.KeyStore{fails, panics, w} {
 		broken := newCache(rdb, secret)
 		if store == apikey.KeyStore(w) {
-			mustExec(t, w.pool, `ALTER TABLE api_keys RENAME TO gone`)
+			testservers.Exec(t, w.pool, `ALTER TABLE api_keys RENAME TO gone`)
 		}
 		for range 4 { // the last finds the breaker open
 			ask(apikey.New(store, w, with(broken)), "Bearer "+newLostKey(&keys))
@@ -204,12 +204,12 @@ func (w *postgresWorld) asReader(t *testing.T, records bool) (asReader, toRecord
 		t.Fatal("there is no SQL that creates apikey_reader")
 	}
 	role := "apikey_reader_" + strings.ToLower(w.pool.Config().ConnConfig.Database[12:])
-	mustExec(t, w.pool, strings.ReplaceAll(block[1], "apikey_reader", role))
-	t.Cleanup(func() { mustExec(t, w.pool, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
-	mustExec(t, w.pool, "ALTER ROLE "+role+" PASSWORD 'reader'")
+	testservers.Exec(t, w.pool, strings.ReplaceAll(block[1], "apikey_reader", role))
+	t.Cleanup(func() { testservers.Exec(t, w.pool, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	testservers.Exec(t, w.pool, "ALTER ROLE "+role+" PASSWORD 'reader'")
 	toRecord = strings.ReplaceAll(block[2], "apikey_reader", role)
 	if records {
-		mustExec(t, w.pool, toRecord)
+		testservers.Exec(t, w.pool, toRecord)
 	}
 	as, err := url.Parse(w.pool.Config().ConnString())
 	mustNot(t, err)
@@ -226,7 +226,7 @@ func TestReaderRole(t *testing.T) {
 	pool := testservers.Pool(t, asReader)
 	r := watchedReplica(t, pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
 	r.wantCode(t, apiKey, admitted)
-	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	waitFor(t, func() bool { return r.ask(apiKey) == invalid })
 
 	for _, sql := range []string{
@@ -253,7 +253,7 @@ func TestReaderRole(t *testing.T) {
 	if err := record(); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("recording a use: %v, want permission denied", err)
 	}
-	mustExec(t, w.pool, toRecord)
+	testservers.Exec(t, w.pool, toRecord)
 	mustNot(t, record())
 	if info, _, err := admin.NewKeys(w.pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
 		t.Errorf("last used %v, %v", info.LastUsedAt, err)

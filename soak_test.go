@@ -232,7 +232,7 @@ func (s *soak) breakSomething(t *testing.T) {
 		set(fault, fault)
 		lasts()
 	case 3: // the sessions of all replicas
-		mustExec(t, s.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+		testservers.Exec(t, s.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE datname = current_database() AND application_name = 'replica'`)
 	case 4, 5:
 		set(testservers.Healthy, fault)

@@ -209,7 +209,7 @@ func TestPostgresRestart(t *testing.T) {
 	}
 	l.stop(t)
 	waitFor(t, func() bool { return pool.Ping(t.Context()) == nil })
-	mustExec(t, pool, `UPDATE api_keys SET active = false`)
+	testservers.Exec(t, pool, `UPDATE api_keys SET active = false`)
 	for _, r := range replicas {
 		for _, key := range good {
 			waitFor(t, func() bool { return r.ask(key) == invalid })

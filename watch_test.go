@@ -292,13 +292,13 @@ func TestChangesTakeEffect(t *testing.T) {
 	for range rounds {
 		apiKey, org := f.enrol(t, unknown, paid)
 		h := apikey.HashKey(apiKey)
-		mustExec(t, f.pool, `UPDATE plan_catalogue SET api_access = false WHERE name = 'basic'`)
+		testservers.Exec(t, f.pool, `UPDATE plan_catalogue SET api_access = false WHERE name = 'basic'`)
 		for _, r := range f.replicas {
 			r.wantCode(t, apiKey, invalid) // asked for a moment before it is created
 		}
 		create := change{"create", fmt.Sprintf(`INSERT INTO api_keys (org_id, key_hash) VALUES ($1, '\x%x')`, h[:]), admitted}
 		for _, c := range append([]change{create}, changes...) {
-			mustExec(t, f.pool, c.sql, org.ID)
+			testservers.Exec(t, f.pool, c.sql, org.ID)
 			start := time.Now()
 			var wg sync.WaitGroup
 			effect := make([]time.Duration, len(f.replicas))
@@ -446,7 +446,7 @@ func TestBrokenFeeds(t *testing.T) {
 		"backend terminated": {
 			bound: maxStaleness, want: invalid,
 			break_: func(t *testing.T, f *fleet, _ *link) {
-				mustExec(t, f.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+				testservers.Exec(t, f.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 					WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%apikey_announce%'`)
 			},
 		},
@@ -472,9 +472,11 @@ func TestBrokenFeeds(t *testing.T) {
 		"triggers disabled": {
 			bound: refreshAfter, want: invalid, admits: refreshAfter,
 			break_: func(t *testing.T, f *fleet, _ *link) {
-				mustExec(t, f.pool, `ALTER TABLE api_keys DISABLE TRIGGER USER`)
+				testservers.Exec(t, f.pool, `ALTER TABLE api_keys DISABLE TRIGGER USER`)
 			},
-			heal: func(t *testing.T, f *fleet, _ *link) { mustExec(t, f.pool, `ALTER TABLE api_keys ENABLE TRIGGER USER`) },
+			heal: func(t *testing.T, f *fleet, _ *link) {
+				testservers.Exec(t, f.pool, `ALTER TABLE api_keys ENABLE TRIGGER USER`)
+			},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -490,7 +492,7 @@ func TestBrokenFeeds(t *testing.T) {
 			r.wantCode(t, dead, invalid)
 
 			c.break_(t, f, l)
-			mustExec(t, f.pool, `UPDATE api_keys SET active = NOT active WHERE id IN ($1, $2)`, org.KeyID, deadOrg.KeyID)
+			testservers.Exec(t, f.pool, `UPDATE api_keys SET active = NOT active WHERE id IN ($1, $2)`, org.KeyID, deadOrg.KeyID)
 			start := time.Now()
 			within := func(apiKey, want string, bound time.Duration) {
 				for answer := r.ask(apiKey); answer != want; answer = r.ask(apiKey) {
@@ -519,7 +521,7 @@ func TestBrokenFeeds(t *testing.T) {
 				c.heal(t, f, l)
 			}
 			waitFor(t, func() bool { return r.cache.Stats().FeedLive })
-			mustExec(t, f.pool, `UPDATE api_keys SET active = true WHERE id = $1`, org.KeyID)
+			testservers.Exec(t, f.pool, `UPDATE api_keys SET active = true WHERE id = $1`, org.KeyID)
 			waitFor(t, func() bool { return r.ask(apiKey) == admitted })
 		})
 	}
@@ -542,7 +544,7 @@ func TestPgBouncer(t *testing.T) {
 		t.Errorf("FeedErr is %v", err)
 	}
 	r.wantCode(t, apiKey, admitted)
-	mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	start := time.Now()
 	for r.ask(apiKey) != invalid {
 		if cache.Stats().FeedLive {
@@ -628,10 +630,10 @@ func TestIdleSessions(t *testing.T) {
 func TestConnectionLimit(t *testing.T) {
 	w := newPostgresWorld(t)
 	role := "few_" + strings.ToLower(rand.Text())
-	mustExec(t, w.pool, `CREATE ROLE `+role+` LOGIN CONNECTION LIMIT 2 PASSWORD 'p'`)
-	defer mustExec(t, w.pool, `DROP ROLE `+role)
-	mustExec(t, w.pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
-	defer mustExec(t, w.pool, `DROP OWNED BY `+role)
+	testservers.Exec(t, w.pool, `CREATE ROLE `+role+` LOGIN CONNECTION LIMIT 2 PASSWORD 'p'`)
+	defer testservers.Exec(t, w.pool, `DROP ROLE `+role)
+	testservers.Exec(t, w.pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
+	defer testservers.Exec(t, w.pool, `DROP OWNED BY `+role)
 	config := w.pool.Config()
 	config.ConnConfig.User, config.ConnConfig.Password, config.MaxConns = role, "p", 8
 	pool, err := pgxpool.NewWithConfig(t.Context(), config)
@@ -668,7 +670,7 @@ func TestRecordsFromRedisAreJudged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mustExec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	testservers.Exec(t, f.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	for i, r := range f.replicas { // the second one has never read it
 		waitFor(t, func() bool { return r.cache.Stats().Announcements > 0 && r.ask(apiKey) == invalid })
 		if err := f.rdb.Set(t.Context(), name, stale, time.Minute).Err(); err != nil {
@@ -727,7 +729,7 @@ func TestUnknownAnnouncement(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 1, nil)
 	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677", "group 7 staff", "all 7 staff", "beat 7 AAAA", "key 7 xyz"} {
-		mustExec(t, f.pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
+		testservers.Exec(t, f.pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
 		waitFor(t, func() bool {
 			err := f.replicas[0].cache.Stats().FeedErr
 			return err != nil && strings.HasSuffix(err.Error(), fmt.Sprintf("of unknown form: %q", payload))
@@ -736,7 +738,7 @@ func TestUnknownAnnouncement(t *testing.T) {
 	}
 	// Anybody's beat is as good as ours.
 	before := f.replicas[0].cache.Stats()
-	mustExec(t, f.pool, `SELECT pg_notify($1, 'beat ' || pg_current_xact_id()::text)`, feed.Channel)
+	testservers.Exec(t, f.pool, `SELECT pg_notify($1, 'beat ' || pg_current_xact_id()::text)`, feed.Channel)
 	apiKey, _ := f.enrol(t, live, paid)
 	f.replicas[0].wantCode(t, apiKey, admitted)
 	if got := f.replicas[0].cache.Stats(); !errors.Is(got.FeedErr, before.FeedErr) || !got.FeedLive {

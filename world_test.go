@@ -21,6 +21,7 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/keyformat"
+	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
@@ -213,7 +214,7 @@ func newPostgresWorld(t testing.TB) *postgresWorld {
 
 func newPostgresWorldOn(t testing.TB, pool *pgxpool.Pool) *postgresWorld {
 	t.Helper()
-	mustExec(t, pool, `
+	testservers.Exec(t, pool, `
 		CREATE TABLE organisations (id text PRIMARY KEY);
 		ALTER TABLE api_keys ADD FOREIGN KEY (org_id) REFERENCES organisations ON DELETE CASCADE;
 		ALTER TABLE org_plans ADD FOREIGN KEY (org_id) REFERENCES organisations ON DELETE CASCADE;
@@ -221,34 +222,19 @@ func newPostgresWorldOn(t testing.TB, pool *pgxpool.Pool) *postgresWorld {
 	return &postgresWorld{apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), pool}
 }
 
-func mustExec(t testing.TB, pool *pgxpool.Pool, sql string, args ...any) {
-	t.Helper()
-	if _, err := pool.Exec(context.WithoutCancel(t.Context()), sql, args...); err != nil {
-		t.Fatalf("%v\n%s", err, sql)
-	}
-}
-
-// orNull maps the zero time to NULL.
-func orNull(at time.Time) *time.Time {
-	if at.IsZero() {
-		return nil
-	}
-	return &at
-}
-
 func (w *postgresWorld) enrol(t testing.TB, k keyState, p planState) (string, apikey.Org) {
 	t.Helper()
 	apiKey := keyformat.New(keyformat.Live)
 	hash := apikey.HashKey(apiKey)
 	org := apikey.Org{ID: "org_" + rand.Text()}
-	mustExec(t, w.pool, `INSERT INTO organisations VALUES ($1)`, org.ID)
+	testservers.Exec(t, w.pool, `INSERT INTO organisations VALUES ($1)`, org.ID)
 	if plan, ok := planFacts()[p]; ok {
 		if p == downgraded { // the way there counts too
-			mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, org.ID)
+			testservers.Exec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, org.ID)
 		}
-		mustExec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status, ends_at) VALUES ($1, $2, $3, $4)
+		testservers.Exec(t, w.pool, `INSERT INTO org_plans (org_id, plan, status, ends_at) VALUES ($1, $2, $3, $4)
 			ON CONFLICT (org_id) DO UPDATE SET plan = excluded.plan, status = excluded.status, ends_at = excluded.ends_at`,
-			org.ID, plan.Name, plan.Status, orNull(plan.EndsAt))
+			org.ID, plan.Name, plan.Status, pg.NullTime(plan.EndsAt))
 		org.Plan = plan
 	}
 	if k == unknown {
@@ -261,15 +247,15 @@ func (w *postgresWorld) enrol(t testing.TB, k keyState, p planState) (string, ap
 	}
 	switch k {
 	case expired:
-		mustExec(t, w.pool, `UPDATE api_keys SET expires_at = now() WHERE id = $1`, org.KeyID)
+		testservers.Exec(t, w.pool, `UPDATE api_keys SET expires_at = now() WHERE id = $1`, org.KeyID)
 	case unexpired:
-		mustExec(t, w.pool, `UPDATE api_keys SET expires_at = now() + '1 day' WHERE id = $1`, org.KeyID)
+		testservers.Exec(t, w.pool, `UPDATE api_keys SET expires_at = now() + '1 day' WHERE id = $1`, org.KeyID)
 	case deactivated:
-		mustExec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+		testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
 	case deleted:
-		mustExec(t, w.pool, `DELETE FROM api_keys WHERE id = $1`, org.KeyID)
+		testservers.Exec(t, w.pool, `DELETE FROM api_keys WHERE id = $1`, org.KeyID)
 	case orgDeleted:
-		mustExec(t, w.pool, `DELETE FROM organisations WHERE id = $1`, org.ID)
+		testservers.Exec(t, w.pool, `DELETE FROM organisations WHERE id = $1`, org.ID)
 	}
 	return apiKey, org
 }

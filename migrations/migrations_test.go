@@ -41,7 +41,7 @@ func TestFS(t *testing.T) {
 // TestApplyAgain: what has been applied is not applied again, and data stay.
 func TestApplyAgain(t *testing.T) {
 	pool := testservers.Postgres(t) // applies once
-	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
 	for range 2 {
 		if err := migrations.Apply(t.Context(), pool); err != nil {
 			t.Fatal(err)
@@ -58,7 +58,7 @@ func TestApplyAgain(t *testing.T) {
 // TestApplyTogether: replicas that start at once and all migrate.
 func TestApplyTogether(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `DROP TABLE api_keys, api_key_uses, org_plans, plan_catalogue, apikey_migrations, apikey_outbox;
+	testservers.Exec(t, pool, `DROP TABLE api_keys, api_key_uses, org_plans, plan_catalogue, apikey_migrations, apikey_outbox;
 		DROP FUNCTION apikey_announce, apikey_announce_row, apikey_announce_tier, apikey_announce_all`)
 	var wg sync.WaitGroup
 	for range 4 {
@@ -69,13 +69,13 @@ func TestApplyTogether(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	exec(t, pool, `SELECT key_hash FROM api_keys`)
+	testservers.Exec(t, pool, `SELECT key_hash FROM api_keys`)
 }
 
 // TestApplyAllOrNothing: a migration that fails leaves nothing behind.
 func TestApplyAllOrNothing(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `DROP TABLE api_keys, api_key_uses; DELETE FROM apikey_migrations`) // org_plans stands in the way
+	testservers.Exec(t, pool, `DROP TABLE api_keys, api_key_uses; DELETE FROM apikey_migrations`) // org_plans stands in the way
 	err := migrations.Apply(t.Context(), pool)
 	if err == nil || !strings.Contains(err.Error(), "0001_init.sql") {
 		t.Errorf("Apply = %v, want an error that names the file", err)
@@ -89,8 +89,8 @@ func TestApplyAllOrNothing(t *testing.T) {
 // TestApplyByReader: who may only read finds that nothing is missing, or what is.
 func TestApplyByReader(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `CREATE ROLE reader_of_migrations LOGIN PASSWORD 'p'; GRANT SELECT ON apikey_migrations TO reader_of_migrations`)
-	defer exec(t, pool, `DROP OWNED BY reader_of_migrations; DROP ROLE reader_of_migrations`)
+	testservers.Exec(t, pool, `CREATE ROLE reader_of_migrations LOGIN PASSWORD 'p'; GRANT SELECT ON apikey_migrations TO reader_of_migrations`)
+	defer testservers.Exec(t, pool, `DROP OWNED BY reader_of_migrations; DROP ROLE reader_of_migrations`)
 	config := pool.Config()
 	config.ConnConfig.User, config.ConnConfig.Password = "reader_of_migrations", "p"
 	reader, err := pgxpool.NewWithConfig(t.Context(), config)
@@ -101,7 +101,7 @@ func TestApplyByReader(t *testing.T) {
 	if err := migrations.Apply(t.Context(), reader); err != nil {
 		t.Errorf("Apply = %v although nothing is missing", err)
 	}
-	exec(t, pool, `DELETE FROM apikey_migrations WHERE name LIKE '0003%'`)
+	testservers.Exec(t, pool, `DELETE FROM apikey_migrations WHERE name LIKE '0003%'`)
 	if missing, err := migrations.Missing(t.Context(), reader); err != nil || !slices.Equal(missing, []string{"0003_key_environment.sql"}) {
 		t.Errorf("Missing = %q, %v", missing, err)
 	}
@@ -115,7 +115,7 @@ func TestApplyByReader(t *testing.T) {
 func TestForeignTables(t *testing.T) {
 	url := testservers.EmptyPostgresURL(t)
 	pool := testservers.Pool(t, url)
-	exec(t, pool, `CREATE TABLE api_keys (id bigint, token text)`)
+	testservers.Exec(t, pool, `CREATE TABLE api_keys (id bigint, token text)`)
 	for _, apply := range []func() error{
 		func() error { return migrations.Apply(t.Context(), pool) },
 		func() error { _, err := migrations.Missing(t.Context(), pool); return err },
@@ -124,16 +124,16 @@ func TestForeignTables(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	}
-	exec(t, pool, `CREATE SCHEMA apikey`)
+	testservers.Exec(t, pool, `CREATE SCHEMA apikey`)
 	own := testservers.Pool(t, testservers.Migrated(t, url+"&search_path=apikey,public"))
-	exec(t, own, `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('k'))`)
-	exec(t, pool, `INSERT INTO public.api_keys VALUES (1, 'theirs')`)
+	testservers.Exec(t, own, `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', sha256('k'))`)
+	testservers.Exec(t, pool, `INSERT INTO public.api_keys VALUES (1, 'theirs')`)
 }
 
 // TestConstraints: rows that authentication could not make sense of do not get in.
 func TestConstraints(t *testing.T) {
 	pool := testservers.Postgres(t)
-	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true);
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true);
 		INSERT INTO api_keys (org_id, key_hash) VALUES ('taken', sha256('taken'))`)
 	for name, sql := range map[string]string{
 		"hash too short":     `INSERT INTO api_keys (org_id, key_hash) VALUES ('o', '\x00')`,
@@ -176,7 +176,7 @@ func TestAnnouncements(t *testing.T) {
 		return s
 	}
 	k1, k2, k3 := "key "+subject("1"), "key "+subject("2"), "key "+subject("3")
-	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false);
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false);
 		CREATE TABLE organisations (id text PRIMARY KEY);
 		INSERT INTO organisations VALUES ('gone');
 		ALTER TABLE api_keys ADD COLUMN usage bigint NOT NULL DEFAULT 0`)
@@ -272,7 +272,7 @@ func TestAnnouncements(t *testing.T) {
 		{"truncate the catalogue", `TRUNCATE plan_catalogue CASCADE`, []string{"plans"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			exec(t, pool, c.sql)
+			testservers.Exec(t, pool, c.sql)
 			var got []string
 			for _, payload := range announced(t, conn, pool) {
 				kind, rest, _ := strings.Cut(payload, " ")
@@ -323,7 +323,7 @@ func TestBulkIsAnnouncedOnce(t *testing.T) {
 	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
 		t.Fatal(err)
 	}
-	exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
 	for name, change := range map[string]func() error{
 		"COPY": func() error {
 			_, err := pool.CopyFrom(t.Context(), pgx.Identifier{"org_plans"}, []string{"org_id", "plan", "status"}, pgx.CopyFromSlice(5000, func(i int) ([]any, error) {
@@ -344,9 +344,9 @@ func TestBulkIsAnnouncedOnce(t *testing.T) {
 			return err
 		},
 	} {
-		exec(t, pool, `UPDATE plan_catalogue SET name = 'starter'`)
+		testservers.Exec(t, pool, `UPDATE plan_catalogue SET name = 'starter'`)
 		if name != "COPY" {
-			exec(t, pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, c.name, 'active' FROM generate_series(0, 4999) i, plan_catalogue c ON CONFLICT DO NOTHING`)
+			testservers.Exec(t, pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, c.name, 'active' FROM generate_series(0, 4999) i, plan_catalogue c ON CONFLICT DO NOTHING`)
 		}
 		announced(t, conn, pool)
 		if err := change(); err != nil {
@@ -356,15 +356,15 @@ func TestBulkIsAnnouncedOnce(t *testing.T) {
 		if n := len(got); n != 1001 || !strings.HasPrefix(got[n-1], "plans ") {
 			t.Errorf("%s: %d notices, want 1000 and one for all plans", name, n)
 		}
-		exec(t, pool, `TRUNCATE org_plans`)
+		testservers.Exec(t, pool, `TRUNCATE org_plans`)
 	}
 }
 
 // announced returns what conn has been sent so far.
 func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []string) {
 	t.Helper()
-	exec(t, pool, `SELECT apikey_announce()`)
-	exec(t, pool, `NOTIFY apikey_changes, 'end'`) // notices arrive in the order of commits
+	testservers.Exec(t, pool, `SELECT apikey_announce()`)
+	testservers.Exec(t, pool, `NOTIFY apikey_changes, 'end'`) // notices arrive in the order of commits
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	for {
@@ -376,12 +376,5 @@ func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []str
 			return payloads
 		}
 		payloads = append(payloads, n.Payload)
-	}
-}
-
-func exec(t *testing.T, pool *pgxpool.Pool, sql string) {
-	t.Helper()
-	if _, err := pool.Exec(t.Context(), sql); err != nil {
-		t.Fatalf("%v\n%s", err, sql)
 	}
 }

@@ -5,12 +5,12 @@ package main
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/pg"
 )
 
 // memoryStores returns stores that hold the examples and never change.
@@ -49,11 +49,11 @@ func seed(ctx context.Context, pool *pgxpool.Pool, examples []example) error {
 			}
 			h := apikey.HashKey(e.apiKey)
 			b.Queue(`INSERT INTO api_keys (org_id, name, key_hash, active, expires_at) VALUES ($1, 'demo', $2, $3, $4)`,
-				e.key.OrgID, h[:], e.key.Active, orNull(e.key.ExpiresAt))
+				e.key.OrgID, h[:], e.key.Active, pg.NullTime(e.key.ExpiresAt))
 			if e.plan != nil {
 				b.Queue(`INSERT INTO org_plans (org_id, plan, status, ends_at) VALUES ($1, $2, $3, $4)
 					ON CONFLICT (org_id) DO UPDATE SET plan = excluded.plan, status = excluded.status, ends_at = excluded.ends_at`,
-					e.key.OrgID, e.plan.Name, e.plan.Status, orNull(e.plan.EndsAt))
+					e.key.OrgID, e.plan.Name, e.plan.Status, pg.NullTime(e.plan.EndsAt))
 			}
 		}
 		return tx.SendBatch(ctx, &b).Close()
@@ -83,11 +83,4 @@ func unseed(ctx context.Context, pool *pgxpool.Pool, examples []example) error {
 		return fmt.Errorf("removing the demo's rows: %w", err)
 	}
 	return nil
-}
-
-func orNull(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return &t
 }

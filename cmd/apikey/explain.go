@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"regexp"
 	"strings"
 	"time"
 
@@ -17,6 +16,8 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/admin"
+	"github.com/trackpilots/apikey/internal/pg"
+	"github.com/trackpilots/apikey/internal/shared"
 )
 
 // An explanation is what is known of one key, and what follows.
@@ -219,7 +220,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 		return err
 	}
 	defer rdb.Close()
-	if !regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`).MatchString(namespace) {
+	if !shared.ValidNamespace(namespace) {
 		return fmt.Errorf("--namespace %q: use up to 64 of the characters A-Z a-z 0-9 . - _", namespace)
 	}
 	cache := apikey.NewCache(rdb, []byte(secret), &apikey.CacheOptions{Namespace: namespace, RedisTimeout: connectTimeout})
@@ -233,7 +234,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 			withKey = apikey.CachedRecord[apikey.Plan]{Name: r.Name, Found: true, Value: *r.Plan, ReadAt: r.ReadAt, Snapshot: r.Snapshot}
 		}
 		same := e.Key != nil && r.Value.ID == e.Key.ID && r.Value.OrgID == e.Key.OrgID && r.Value.Active == (e.Key.State != "deactivated") &&
-			r.Value.ExpiresAt.Equal(orZero(e.Key.ExpiresAt))
+			r.Value.ExpiresAt.Equal(pg.TimeOrZero(e.Key.ExpiresAt))
 		e.Redis = append(e.Redis, toRecordJSON(r, same))
 	}
 	if e.Key != nil {
@@ -245,7 +246,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 			r = withKey
 		}
 		same := e.Plan != nil && r.Value.Name == e.Plan.Tier && string(r.Value.Status) == e.Plan.Status && r.Value.APIAccess == e.Plan.APIAccess &&
-			r.Value.EndsAt.Equal(orZero(e.Plan.EndsAt))
+			r.Value.EndsAt.Equal(pg.TimeOrZero(e.Plan.EndsAt))
 		e.Redis = append(e.Redis, toRecordJSON(r, same))
 	}
 	return nil
@@ -261,7 +262,7 @@ func toRecordJSON[V apikey.Key | apikey.Plan](r apikey.CachedRecord[V], same boo
 	case !same:
 		state = "from before a change: not used once that is announced"
 	}
-	return recordJSON{r.Name, state, orNull(r.ReadAt), r.Snapshot}
+	return recordJSON{r.Name, state, pg.NullTime(r.ReadAt), r.Snapshot}
 }
 
 func (e *explanation) text(w io.Writer) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/admin"
+	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/migrations"
 )
 
@@ -50,7 +51,7 @@ type keyJSON struct {
 
 func toJSON(k admin.KeyInfo, secret admin.Secret) keyJSON {
 	return keyJSON{
-		k.ID, k.OrgID, k.Name, k.Hint, k.State(time.Now()), k.CreatedAt, orNull(k.ExpiresAt), orNull(k.LastUsedAt), string(k.Environment), secret.Reveal(),
+		k.ID, k.OrgID, k.Name, k.Hint, k.State(time.Now()), k.CreatedAt, pg.NullTime(k.ExpiresAt), pg.NullTime(k.LastUsedAt), string(k.Environment), secret.Reveal(),
 	}
 }
 
@@ -154,17 +155,10 @@ func keysList(ctx context.Context, a *app, args []string) error {
 		return f.print(all, func(w io.Writer) {
 			row(w, "ID", "STATE", "HINT", "CREATED", "EXPIRES", "LAST USED", "NAME")
 			for _, k := range all {
-				row(w, k.ID, k.State, k.Hint, k.CreatedAt, orZero(k.ExpiresAt), orZero(k.LastUsedAt), k.Name)
+				row(w, k.ID, k.State, k.Hint, k.CreatedAt, pg.TimeOrZero(k.ExpiresAt), pg.TimeOrZero(k.LastUsedAt), k.Name)
 			}
 		})
 	})
-}
-
-func orZero(t *time.Time) time.Time {
-	if t == nil {
-		return time.Time{}
-	}
-	return *t
 }
 
 func keysDeactivate(ctx context.Context, a *app, args []string) error {
@@ -415,7 +409,7 @@ type planJSON struct {
 }
 
 func toPlanJSON(orgID string, p apikey.Plan) planJSON {
-	return planJSON{orgID, p.Name, string(p.Status), p.APIAccess, orNull(p.EndsAt), p.AllowsAPI(time.Now())}
+	return planJSON{orgID, p.Name, string(p.Status), p.APIAccess, pg.NullTime(p.EndsAt), p.AllowsAPI(time.Now())}
 }
 
 func planShow(ctx context.Context, a *app, args []string) error {

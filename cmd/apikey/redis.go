@@ -12,11 +12,13 @@ import (
 
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
+
+	"github.com/trackpilots/apikey/internal/shared"
 )
 
 // probeName is written and read to see whether Redis can be used. It begins as all names
 // do, since an ACL may allow these only.
-const probeName = "apikey:3:doctor"
+const probeName = shared.Root + "doctor"
 
 // openRedis connects to redisURL, which may be that of a node of a Redis Cluster, or of a
 // Sentinel if it has a master_name.

@@ -26,7 +26,13 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	backoff := minBackoff
 	var told string
 	for {
-		err := guarded(ctx, pool, log)
+		err := guarded(func() error {
+			s, err := connect(ctx, pool, log)
+			if err != nil {
+				return err
+			}
+			return s.run(ctx, pool)
+		})
 		if log.Live(clock.At(time.Now())) { // it worked for a while
 			backoff = minBackoff
 		}
@@ -51,16 +57,12 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	}
 }
 
-// guarded is one session. A panic is an error of it, and does not end the process.
-func guarded(ctx context.Context, pool *pgxpool.Pool, log *Log) (err error) {
+// guarded returns the error of do. A panic is one, and does not end the process.
+func guarded(do func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
 		}
 	}()
-	s, err := connect(ctx, pool, log)
-	if err != nil {
-		return err
-	}
-	return s.run(ctx, pool)
+	return do()
 }

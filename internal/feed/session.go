@@ -193,8 +193,8 @@ func (w *wire) run(ctx context.Context, pool *pgxpool.Pool) error {
 	defer senders.Wait()
 	defer cancel(nil)
 	defer w.close()
-	senders.Go(func() { cancel(w.send(ctx)) })
-	senders.Go(func() { cancel(w.announce(ctx)) })
+	senders.Go(func() { cancel(guarded(func() error { return w.send(ctx) })) })
+	senders.Go(func() { cancel(guarded(func() error { return w.announce(ctx) })) })
 	senders.Go(func() { w.compare(ctx, pool) })
 	stop := context.AfterFunc(ctx, func() { _ = w.conn.Conn.SetReadDeadline(time.Now()) })
 	defer stop()
@@ -222,12 +222,7 @@ func (w *wire) close() {
 // send reads several times a lease, and sends a beat with it if nothing has been heard
 // for that long from anybody. It returns an error when the server is silent for a
 // lease.
-func (w *wire) send(ctx context.Context) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-		}
-	}()
+func (w *wire) send(ctx context.Context) error {
 	lease := w.log.lease
 	// Others that begin at this moment need but one beat for all.
 	wait := rand.N(lease/40 + 1)
@@ -267,12 +262,7 @@ func (w *wire) send(ctx context.Context) (err error) {
 
 // announce announces what was committed, again and again, if the session is the
 // announcer. The others read, and so announce what one that is in trouble does not.
-func (w *wire) announce(ctx context.Context) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-		}
-	}()
+func (w *wire) announce(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		return nil

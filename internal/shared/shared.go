@@ -8,6 +8,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"regexp"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,6 +32,14 @@ const (
 	// often more time than a request has.
 	connectTimeout = 5 * time.Second
 )
+
+// Root is what the names of all records begin with. It changes with their form.
+const Root = "apikey:3:"
+
+var namespaceForm = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
+
+// ValidNamespace reports whether s may be a part of names.
+func ValidNamespace(s string) bool { return namespaceForm.MatchString(s) }
 
 // Records are the records in Redis. They are safe for concurrent use.
 type Records struct {
