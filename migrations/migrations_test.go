@@ -50,8 +50,8 @@ func TestApplyAgain(t *testing.T) {
 	var plans, applied int
 	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
 		Scan(&plans, &applied)
-	if err != nil || plans != 1 || applied != 5 {
-		t.Errorf("%d plans, %d migrations, %v; want 1, 5", plans, applied, err)
+	if err != nil || plans != 1 || applied != 4 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 4", plans, applied, err)
 	}
 }
 

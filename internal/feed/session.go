@@ -62,7 +62,7 @@ const (
 		('tcp_user_timeout', '30000')) AS s (name, value) USING (name)`
 )
 
-// announcerLock is the class of the advisory locks of announcers: migration 0005 knows it
+// announcerLock is the class of the advisory locks of announcers: migration 0002 knows it
 // too.
 const announcerLock = "1634757477"
 

@@ -8,9 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/sony/gobreaker/v2"
-
 	"github.com/trackpilots/apikey/internal/batch"
+	"github.com/trackpilots/apikey/internal/breaker"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/sealed"
@@ -201,7 +200,7 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec
 func (l *Layer[S, V]) unreadable(err error, store *Store[S, V]) bool {
 	stats, budget := &l.shared.Stats, l.shared.Batches.Budget
 	outage := func() bool {
-		return store.failing(clock.At(time.Now()), 2*budget+breakFor) || l.shared.Log.Silent(budget)
+		return store.failing(clock.At(time.Now()), 2*budget+breaker.For) || l.shared.Log.Silent(budget)
 	}
 	switch {
 	case errors.Is(err, batch.ErrWaited): // counted there
@@ -211,7 +210,7 @@ func (l *Layer[S, V]) unreadable(err error, store *Store[S, V]) bool {
 	case errors.Is(err, ErrBusy):
 		stats.Busy.Add(1)
 		return outage()
-	case errors.Is(err, gobreaker.ErrOpenState), errors.Is(err, gobreaker.ErrTooManyRequests):
+	case breaker.Skipped(err):
 		stats.Skipped.Add(1)
 	default:
 		stats.Errors.Add(1)

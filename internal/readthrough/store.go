@@ -7,18 +7,15 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/sony/gobreaker/v2"
-
 	"github.com/trackpilots/apikey/internal/batch"
+	"github.com/trackpilots/apikey/internal/breaker"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
 const (
-	// A store that fails this often in a row is not asked for a while, and then by one
-	// batch at a time, so that an outage does not cost every request its budget.
+	// So many batches that fail in a row open the breaker.
 	breakAfter = 3
-	breakFor   = time.Second
 
 	// A store that finds one subject at a time is asked for this many at once, for
 	// each batch that another would be asked for.
@@ -91,19 +88,11 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	}
 	var fault atomic.Value // why the last lookup failed, a string
 	fault.Store("")
-	breaker := gobreaker.NewCircuitBreaker[[]reading[V]](gobreaker.Settings{
-		Timeout:     breakFor,
-		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
-		IsExcluded:  func(err error) bool { return errors.Is(err, ErrBusy) },
-		OnStateChange: func(_ string, from, to gobreaker.State) {
-			switch {
-			case from == gobreaker.StateClosed:
-				l.shared.Logger.Warn("apikey: a store is not asked, since it failed several times in a row", "store", r.Name, "error", fault.Load())
-			case to == gobreaker.StateClosed:
-				l.shared.Logger.Info("apikey: a store is asked again", "store", r.Name)
-			}
+	guard := breaker.New[[]reading[V]](breakAfter, func(err error) bool { return errors.Is(err, ErrBusy) },
+		func() {
+			l.shared.Logger.Warn("apikey: a store is not asked, since it failed several times in a row", "store", r.Name, "error", fault.Load())
 		},
-	})
+		func() { l.shared.Logger.Info("apikey: a store is asked again", "store", r.Name) })
 	failed, origin := new(atomic.Int64), new(atomic.Int64)
 	read := func(ctx context.Context, subjects []S) ([]reading[V], error) {
 		stats.Batches.Add(1)
@@ -138,15 +127,15 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		origin: origin,
 		stamps: r.Trusted,
 		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]reading[V], error) {
-			readings, err := breaker.Execute(func() ([]reading[V], error) { return read(ctx, subjects) })
+			readings, err := guard.Execute(func() ([]reading[V], error) { return read(ctx, subjects) })
 			switch {
 			case err == nil:
 				failed.Store(0)
 			case !errors.Is(err, ErrBusy):
 				failed.Store(time.Now().UnixNano())
 			}
-			if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
-				err = fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breakFor, err)
+			if breaker.Skipped(err) {
+				err = fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breaker.For, err)
 			}
 			return readings, err
 		}),

@@ -17,16 +17,15 @@ import (
 	"github.com/sony/gobreaker/v2"
 
 	"github.com/trackpilots/apikey/internal/batch"
+	"github.com/trackpilots/apikey/internal/breaker"
 	"github.com/trackpilots/apikey/internal/sealed"
 )
 
 const (
-	// Batches that fail this often in a row are not sent for a while, and then one at
-	// a time, so that an outage does not cost every request its budget. Of a Redis
-	// Cluster one shard may be down, and the others of use: a batch has failed when
-	// none of its commands was answered.
+	// So many batches that fail in a row open the breaker. Of a Redis Cluster one shard
+	// may be down, and the others of use: a batch has failed when none of its commands
+	// was answered.
 	breakAfter = 10
-	breakFor   = time.Second
 
 	// connectTimeout is the time to connect, which takes several round trips and so
 	// often more time than a request has.
@@ -50,7 +49,6 @@ type Records struct {
 	breaker *gobreaker.CircuitBreaker[[]reply]
 	gets    *batch.Batcher[string, reply]
 	stats   Stats
-	logger  *slog.Logger
 
 	fault      atomic.Pointer[error] // of the last batch; nil if it was answered
 	connecting atomic.Bool
@@ -82,19 +80,12 @@ type record struct {
 
 // New returns the Records of rdb, sealed by sealer, which live for ttl.
 func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration, logger *slog.Logger) *Records {
-	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl, logger: logger}
-	r.breaker = gobreaker.NewCircuitBreaker[[]reply](gobreaker.Settings{
-		Timeout:     breakFor,
-		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= breakAfter },
-		OnStateChange: func(_ string, from, to gobreaker.State) {
-			switch {
-			case from == gobreaker.StateClosed:
-				r.logger.Warn("apikey: Redis is not used, since it failed several times in a row", "error", r.Fault())
-			case to == gobreaker.StateClosed:
-				r.logger.Info("apikey: Redis is used again")
-			}
+	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl}
+	r.breaker = breaker.New[[]reply](breakAfter, nil,
+		func() {
+			logger.Warn("apikey: Redis is not used, since it failed several times in a row", "error", r.Fault())
 		},
-	})
+		func() { logger.Info("apikey: Redis is used again") })
 	r.gets = batch.New(limits, &r.stats.Queue, r.getBatch)
 	return r
 }
@@ -131,7 +122,7 @@ func (r *Records) Get(name string) ([]byte, error) {
 		}
 		return body, nil
 	case errors.Is(err, batch.ErrFull), errors.Is(err, batch.ErrWaited): // counted there
-	case errors.Is(err, gobreaker.ErrOpenState), errors.Is(err, gobreaker.ErrTooManyRequests):
+	case breaker.Skipped(err):
 		r.stats.Skipped.Add(1)
 	default:
 		r.stats.Errors.Add(1)
@@ -262,7 +253,7 @@ func (r *Records) setBatch(batch []record) {
 		r.failed(err, batch[0].name)
 		return nil, err
 	})
-	if errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests) {
+	if breaker.Skipped(err) {
 		r.stats.Skipped.Add(uint64(len(batch)))
 	}
 }

@@ -1,4 +1,9 @@
--- Announcements that stay small when a change is large, and that replication makes too.
+-- Announcements by way of a table, so that who writes keys and plans never runs NOTIFY.
+-- They stay small when a change is large, and replication makes them, too.
+--
+-- NOTIFY takes a lock that all transactions of the server that notify hold until they
+-- have committed: they commit one after the other. It fails in a transaction that is to
+-- be prepared (two-phase commit), and, when the notification queue is full, at commit.
 
 -- +goose Up
 -- +goose StatementBegin
@@ -20,23 +25,59 @@ DROP FUNCTION apikey_announce_key, apikey_announce_plan, apikey_announce_all;
 --     plans <xid>            all plans
 --     tier <xid> <name>      all plans of the tier
 --
--- Postgres delivers the notice after the commit, and never after a rollback.
+-- Who announces it is the replicas: see apikey_announce.
+
+-- Changes that have not been announced. UNLOGGED, since nobody needs them after a crash:
+-- who listens begins anew then, and uses nothing that was read before.
+CREATE UNLOGGED TABLE apikey_outbox (
+    xid     xid8        NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
+    kind    text        NOT NULL,
+    subject text,
+    at      timestamptz NOT NULL DEFAULT now()
+);
+
+-- The functions have the rights of the owner, so that the roles which change keys and
+-- plans, and those that read them, need none on the table.
+DO $do$
+BEGIN
+EXECUTE pg_catalog.format($format$
+
+-- apikey_announce announces what was committed and is not announced yet, on the channel
+-- apikey_changes, and returns a snapshot: all that is visible in it was
+-- announced by transactions that have committed before this one, or by this one. So it
+-- waits for those that are announcing. The replicas call it, all the time.
+CREATE FUNCTION apikey_announce() RETURNS text LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    -- All names have a schema, and no operator is used, so that the caller's search_path
+    -- does not matter. To set one here would take a third of the time.
+    snapshot CONSTANT text := pg_catalog.pg_current_snapshot()::pg_catalog.text;
+    payload  pg_catalog.text;
+BEGIN
+    IF EXISTS (SELECT FROM %1$I.apikey_outbox) THEN
+        FOR payload IN
+            WITH gone AS (DELETE FROM %1$I.apikey_outbox RETURNING kind, xid, subject)
+            SELECT pg_catalog.concat_ws(' ', kind, xid, subject) FROM gone
+        LOOP
+            PERFORM pg_catalog.pg_notify('apikey_changes', payload);
+        END LOOP;
+    END IF;
+    RETURN snapshot;
+END $$;
 
 -- The first 1,000 rows that a transaction changes are announced one by one. With one
 -- more, all keys, or all plans, are announced once, and the rest is silent. The
 -- setting that counts ends with the transaction, and goes back to a savepoint with it,
--- as the notices do.
+-- as the rows do.
 --
 -- These are row triggers that count, and not statement triggers with transition
 -- tables: those copy the rows of every UPDATE, also of columns that nobody reads, and
 -- the apply workers of logical replication do not fire them. The argument is the kind.
-CREATE FUNCTION apikey_announce_row() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION apikey_announce_row() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
 DECLARE
     most      CONSTANT integer := 1000;
     kind      CONSTANT text := TG_ARGV[0];
     setting   CONSTANT text := 'apikey.announced_' || kind;
     announced CONSTANT integer := coalesce(nullif(pg_catalog.current_setting(setting, true), ''), '0')::integer;
-    xid       text;
     was       text;
     is_now    text;
 BEGIN
@@ -44,9 +85,8 @@ BEGIN
         RETURN NULL;
     END IF;
     PERFORM pg_catalog.set_config(setting, (announced + 1)::text, true);
-    xid := pg_catalog.pg_current_xact_id()::text;
     IF announced = most THEN
-        PERFORM pg_catalog.pg_notify('apikey_changes', kind || 's ' || xid);
+        INSERT INTO apikey_outbox (kind) VALUES (kind || 's');
         RETURN NULL;
     END IF;
     IF kind = 'key' THEN
@@ -64,30 +104,34 @@ BEGIN
             is_now := NEW.org_id;
         END IF;
     END IF;
-    IF was IS NOT NULL THEN
-        PERFORM pg_catalog.pg_notify('apikey_changes', kind || ' ' || xid || ' ' || was);
-    END IF;
-    IF is_now IS DISTINCT FROM was AND is_now IS NOT NULL THEN
-        PERFORM pg_catalog.pg_notify('apikey_changes', kind || ' ' || xid || ' ' || is_now);
+    INSERT INTO apikey_outbox (kind, subject)
+        SELECT kind, s FROM (VALUES (was), (is_now)) AS v (s) WHERE s IS NOT NULL GROUP BY s;
+
+    -- Where no replica listens nobody takes the rows away.
+    IF pg_catalog.random() < 0.001 AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg_database d ON d.oid = database
+        WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = 1634757477) THEN
+        DELETE FROM apikey_outbox WHERE ctid = ANY (ARRAY(
+            SELECT ctid FROM apikey_outbox WHERE at < now() - interval '1 hour' LIMIT 10000 FOR UPDATE SKIP LOCKED));
     END IF;
     RETURN NULL;
 END $$;
 
 -- The argument is the kind, in the plural.
-CREATE FUNCTION apikey_announce_all() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION apikey_announce_all() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
 BEGIN
-    PERFORM pg_catalog.pg_notify('apikey_changes', TG_ARGV[0] || ' ' || pg_catalog.pg_current_xact_id()::text);
+    INSERT INTO apikey_outbox (kind) VALUES (TG_ARGV[0]);
     RETURN NULL;
 END $$;
 
-CREATE FUNCTION apikey_announce_tier() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION apikey_announce_tier() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
 BEGIN
-    PERFORM pg_catalog.pg_notify('apikey_changes', 'tier ' || pg_catalog.pg_current_xact_id()::text || ' ' || OLD.name);
-    IF NEW.name <> OLD.name THEN
-        PERFORM pg_catalog.pg_notify('apikey_changes', 'tier ' || pg_catalog.pg_current_xact_id()::text || ' ' || NEW.name);
-    END IF;
+    INSERT INTO apikey_outbox (kind, subject) SELECT 'tier', s FROM (VALUES (OLD.name), (NEW.name)) AS v (s) GROUP BY s;
     RETURN NULL;
-END $$;
+END $$
+
+$format$, pg_catalog.current_schema());
+END $do$;
 
 -- WHEN, and not UPDATE OF: that one looks at the columns a statement names, and
 -- misses what another trigger changes in the row.
