@@ -1,4 +1,4 @@
-# 'make test' sets up what is missing and runs everything.
+# 'make test' sets up what is missing and runs all the tests.
 
 MODULES  = . examples otel bench
 LINT     = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -16,6 +16,7 @@ COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m \
 
 .PHONY: test servers lint fuzz soak flood bench api benchstat api-beside benchstat-beside demo
 
+test: export CI = true
 test: servers
 	set -e; for module in $(MODULES); do (cd $$module && go vet ./... && go test -race -shuffle=on -count=1 -parallel=8 ./...); done
 
@@ -32,11 +33,11 @@ fuzz:
 
 # Random faults and random changes under load, for as long as SOAK says.
 soak: servers
-	go test -count=1 -run='^TestSoak$$' -soak.for=$(SOAK) -timeout=0 -v .
+	go test -count=1 -run='^TestSoak$$' -soak.for=$(SOAK) -timeout=0 -v ./systemtest
 
 # As many made-up keys as FLOOD says.
 flood: servers
-	go test -count=1 -run='^TestFlood$$' -flood.keys=$(FLOOD) -timeout=0 -v .
+	go test -count=1 -run='^TestFlood$$' -flood.keys=$(FLOOD) -timeout=0 -v ./systemtest
 
 # Benchmarks of the package, then of its peers beside it: with -write, into bench/README.md.
 bench: servers

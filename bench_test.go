@@ -18,6 +18,7 @@ import (
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // discard is a ResponseWriter that costs next to nothing.
@@ -66,8 +67,8 @@ func serveParallel(b *testing.B, h http.Handler, r *http.Request) {
 // floor is what any middleware that knows its keys has to do: hash, look up in a
 // map, and pass on a request with a context of its own.
 func BenchmarkAccept(b *testing.B) {
-	fleet := newFleet(b, 1, nil)
-	apiKey, _ := fleet.enrol(b, live, paid)
+	fleet := world.NewFleet(b, 1, nil)
+	apiKey, _ := fleet.Enrol(b, world.Live, world.Paid)
 	r := withKey("Bearer " + apiKey)
 	next := http.HandlerFunc(keep)
 
@@ -77,33 +78,33 @@ func BenchmarkAccept(b *testing.B) {
 		org := orgs[sha256.Sum256([]byte(r.Header.Get("Authorization")[len("Bearer "):]))]
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), key{}, org)))
 	})
-	memory := fleet.replicas[0].Handler(next)
+	memory := fleet.Replicas[0].Handler(next)
 	memory.ServeHTTP(discard{http.Header{}}, r)
 	time.Sleep(time.Second) // from then on the feed has to vouch for what is known
 
 	noMemory := func(rdb *redis.Client) http.Handler {
-		cache := apikey.NewCache(rdb, newSecret(), &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1})
+		cache := apikey.NewCache(rdb, world.NewSecret(), &apikey.CacheOptions{MaxStaleness: time.Hour, MemoryEntries: -1})
 		return apikey.New(fleet.PostgresKeyStore, fleet.PostgresPlanStore, &apikey.Options{Cache: cache}).Handler(next)
 	}
 	noSets := testservers.Redis(b)
-	noSets.AddHook(noSet{})
+	noSets.AddHook(world.NoSet{})
 	get := func(w http.ResponseWriter, r *http.Request) { // what a record in Redis costs at least
-		if err := fleet.rdb.Get(r.Context(), "a name of some length, as those of records have it").Err(); err != nil {
+		if err := fleet.Redis.Get(r.Context(), "a name of some length, as those of records have it").Err(); err != nil {
 			b.Fatal(err)
 		}
 		next.ServeHTTP(w, r)
 	}
-	fleet.rdb.Set(b.Context(), "a name of some length, as those of records have it", make([]byte, 200), time.Hour)
+	fleet.Redis.Set(b.Context(), "a name of some length, as those of records have it", make([]byte, 200), time.Hour)
 
 	b.Run("floor", func(b *testing.B) { serve(b, floor, r) })
 	b.Run("memory", func(b *testing.B) { serve(b, memory, r) })
 	b.Run("floor, parallel", func(b *testing.B) { serveParallel(b, floor, r) })
 	b.Run("memory, parallel", func(b *testing.B) { serveParallel(b, memory, r) })
 	b.Run("Redis, one GET by hand", func(b *testing.B) { serve(b, http.HandlerFunc(get), r) })
-	b.Run("Redis", func(b *testing.B) { serve(b, noMemory(fleet.rdb), r) })
+	b.Run("Redis", func(b *testing.B) { serve(b, noMemory(fleet.Redis), r) })
 	b.Run("PostgreSQL, no cache", func(b *testing.B) { serve(b, apikey.New(fleet, fleet, nil).Handler(next), r) })
 	b.Run("cold", func(b *testing.B) { serve(b, noMemory(noSets), r) }) // in neither memory nor Redis
-	if stats := fleet.replicas[0].cache.Stats(); stats.StoreReads != 1 {
+	if stats := fleet.Replicas[0].Cache.Stats(); stats.StoreReads != 1 {
 		b.Errorf("the memory was not hit: %+v", stats)
 	}
 }
@@ -112,18 +113,18 @@ func BenchmarkAccept(b *testing.B) {
 // plans change, so many times a second.
 func BenchmarkAnnouncements(b *testing.B) {
 	const keys = 5000
-	fleet := newFleet(b, 1, nil)
-	testservers.Exec(b, fleet.pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
-	testservers.Exec(b, fleet.pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
-	testservers.Exec(b, fleet.pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
-	h := fleet.replicas[0].Handler(http.HandlerFunc(keep))
+	fleet := world.NewFleet(b, 1, nil)
+	testservers.Exec(b, fleet.Pool, `INSERT INTO organisations SELECT 'org ' || i FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(b, fleet.Pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(1, $1::int) i`, keys)
+	testservers.Exec(b, fleet.Pool, `INSERT INTO api_keys (org_id, key_hash) SELECT 'org ' || i, sha256(('a-key-issued-elsewhere-' || i)::bytea) FROM generate_series(1, $1::int) i`, keys)
+	h := fleet.Replicas[0].Handler(http.HandlerFunc(keep))
 	var requests []*http.Request
 	for i := range keys {
 		requests = append(requests, withKey(fmt.Sprint("Bearer a-key-issued-elsewhere-", i+1)))
 		h.ServeHTTP(discard{http.Header{}}, requests[i])
 	}
 	time.Sleep(time.Second) // from then on the feed has to vouch for what is known
-	log := fleet.replicas[0].cache.Log()
+	log := fleet.Replicas[0].Cache.Log()
 	for _, rate := range []int{0, 100, 1000, 10_000} {
 		b.Run(fmt.Sprint(rate, " a second"), func(b *testing.B) {
 			done := make(chan struct{})
@@ -139,8 +140,8 @@ func BenchmarkAnnouncements(b *testing.B) {
 					case <-tick.C:
 					}
 					for ; sent < int(time.Since(start).Seconds()*float64(rate)); sent += 2 {
-						log.Announce(feed.KeyTopic(rand.Uint64()), 1<<60, instant())
-						log.Announce(feed.PlanTopic(fmt.Sprint("another ", sent)), 1<<60, instant())
+						log.Announce(feed.KeyTopic(rand.Uint64()), 1<<60, world.Instant())
+						log.Announce(feed.PlanTopic(fmt.Sprint("another ", sent)), 1<<60, world.Instant())
 					}
 				}
 			})
@@ -153,17 +154,17 @@ func BenchmarkAnnouncements(b *testing.B) {
 			announcing.Wait()
 		})
 	}
-	if stats := fleet.replicas[0].cache.Stats(); stats.StoreReads != keys {
+	if stats := fleet.Replicas[0].Cache.Stats(); stats.StoreReads != keys {
 		b.Errorf("the memory was not hit: %+v", stats)
 	}
 }
 
 // BenchmarkReject is what refusals cost.
 func BenchmarkReject(b *testing.B) {
-	world := newMemoryWorld()
+	w := world.NewMemory()
 	rdb := new(fakeRedis).client()
 	defer rdb.Close()
-	unpaid, _ := world.enrol(b, live, pastDue)
+	unpaid, _ := w.Enrol(b, world.Live, world.PastDue)
 	for name, authorization := range map[string]string{
 		"no header":      "",
 		"other scheme":   "Basic dXNlcjpwYXNz",
@@ -173,7 +174,7 @@ func BenchmarkReject(b *testing.B) {
 		"plan expired":   "Bearer " + unpaid,
 	} {
 		b.Run(name, func(b *testing.B) {
-			h := newReplica(world, rdb, newSecret(), nil).Handler(http.HandlerFunc(keep))
+			h := world.NewReplica(w, rdb, world.NewSecret(), nil).Handler(http.HandlerFunc(keep))
 			r := withKey(authorization)
 			b.ReportAllocs()
 			for b.Loop() {
@@ -186,11 +187,11 @@ func BenchmarkReject(b *testing.B) {
 // TestAllocations: what a request may allocate. A known key costs the context and
 // the request that carries it; a refusal costs its headers.
 func TestAllocations(t *testing.T) {
-	f := newFleet(t, 1, nil)
-	good, _ := f.enrol(t, live, paid)
-	bad, _ := f.enrol(t, deactivated, paid)
-	unpaid, _ := f.enrol(t, live, pastDue)
-	h := f.replicas[0].Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	f := world.NewFleet(t, 1, nil)
+	good, _ := f.Enrol(t, world.Live, world.Paid)
+	bad, _ := f.Enrol(t, world.Deactivated, world.Paid)
+	unpaid, _ := f.Enrol(t, world.Live, world.PastDue)
+	h := f.Replicas[0].Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	for name, c := range map[string]struct {
 		authorization string
 		budget        float64

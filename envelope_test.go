@@ -13,6 +13,8 @@ import (
 	"testing/iotest"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/contract"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 func write(method string, err error, header http.Header) *http.Response {
@@ -22,6 +24,39 @@ func write(method string, err error, header http.Header) *http.Response {
 	}
 	apikey.WriteError(w, httptest.NewRequest(method, "/", nil), err)
 	return w.Result()
+}
+
+// wantStatus is the status of a code.
+func wantStatus(code string) int {
+	switch code {
+	case world.Admitted:
+		return http.StatusOK
+	case world.Unavailable:
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusUnauthorized
+}
+
+// wantHeaders are the headers of a refusal.
+func wantHeaders(code, body string) http.Header {
+	h := http.Header{
+		"Content-Type":           {"application/json; charset=utf-8"},
+		"Content-Length":         {fmt.Sprint(len(body))},
+		"Cache-Control":          {"no-store"},
+		"X-Content-Type-Options": {"nosniff"},
+		"Vary":                   {"Authorization"},
+	}
+	switch code {
+	case world.KeyMissing:
+		h.Set("WWW-Authenticate", `Bearer realm="api", error="invalid_request"`)
+	case world.Invalid:
+		h.Set("WWW-Authenticate", `Bearer realm="api", error="invalid_token"`)
+	case world.Unavailable:
+		h.Set("Retry-After", "1")
+	default:
+		h.Set("WWW-Authenticate", `Bearer realm="api"`)
+	}
+	return h
 }
 
 func bodyOf(t *testing.T, resp *http.Response) string {
@@ -40,7 +75,7 @@ var refusals = []*apikey.Error{
 }
 
 func TestWriteError(t *testing.T) {
-	bodies := contract(t)
+	bodies := contract.BodiesAndOutage(t)
 	for _, e := range refusals {
 		for name, err := range map[string]error{
 			"itself":  e,
@@ -69,7 +104,7 @@ func TestWriteErrorHeaders(t *testing.T) {
 		"Content-Type": {"text/html"}, "Content-Length": {"7"}, "Cache-Control": {"max-age=60"},
 		"Vary": {"Origin"}, "Access-Control-Allow-Origin": {"https://example.com"},
 	})
-	want := wantHeaders(planExpired, bodyOf(t, resp))
+	want := wantHeaders(world.PlanExpired, bodyOf(t, resp))
 	want["Vary"] = []string{"Origin", "Authorization"}
 	want["Access-Control-Allow-Origin"] = []string{"https://example.com"}
 	if got, want := fmt.Sprint(resp.Header), fmt.Sprint(want); got != want {
@@ -215,8 +250,8 @@ func TestErrorFromResponse(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	broken := &http.Response{StatusCode: 401, Body: io.NopCloser(iotest.ErrReader(errStore))}
-	if err := apikey.ErrorFromResponse(broken); !errors.Is(err, errStore) {
+	broken := &http.Response{StatusCode: 401, Body: io.NopCloser(iotest.ErrReader(world.ErrStore))}
+	if err := apikey.ErrorFromResponse(broken); !errors.Is(err, world.ErrStore) {
 		t.Errorf("a connection that breaks: %v", err)
 	}
 }

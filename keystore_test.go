@@ -19,6 +19,7 @@ import (
 	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 func TestHashKey(t *testing.T) {
@@ -31,6 +32,7 @@ func TestHashKey(t *testing.T) {
 
 // TestConformance: the stores do what every store must.
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	pool := testservers.Postgres(t)
 	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false)`)
 	apikeytest.TestKeyStore(t, apikeytest.Keys{
@@ -39,7 +41,7 @@ func TestConformance(t *testing.T) {
 			err := pool.QueryRow(t.Context(), `INSERT INTO api_keys (org_id, key_hash, active, expires_at) VALUES ($1, $2, $3, $4)
 				ON CONFLICT (key_hash) DO UPDATE SET org_id = excluded.org_id, active = excluded.active, expires_at = excluded.expires_at
 				RETURNING id::text`, k.OrgID, h[:], k.Active, pg.NullTime(k.ExpiresAt)).Scan(&id)
-			mustNot(t, err)
+			world.MustNot(t, err)
 			return id
 		},
 		Remove: func(t *testing.T, h apikey.KeyHash) {
@@ -50,7 +52,7 @@ func TestConformance(t *testing.T) {
 	apikeytest.TestPlanStore(t, apikeytest.Plans{
 		Store: apikey.NewPostgresPlanStore(pool),
 		Put: func(t *testing.T, orgID string, p apikey.Plan) {
-			mustNot(t, plans.Subscribe(t.Context(), orgID, p.Name, p.Status, p.EndsAt))
+			world.MustNot(t, plans.Subscribe(t.Context(), orgID, p.Name, p.Status, p.EndsAt))
 		},
 		Remove: func(t *testing.T, orgID string) {
 			testservers.Exec(t, pool, `DELETE FROM org_plans WHERE org_id = $1`, orgID)
@@ -61,8 +63,8 @@ func TestConformance(t *testing.T) {
 // TestStoresAreStamped: both answers of both stores tell the snapshot that they
 // were read in, and it is the statement's own.
 func TestStoresAreStamped(t *testing.T) {
-	w := newPostgresWorld(t)
-	apiKey, org := w.enrol(t, live, paid)
+	w := world.NewPostgres(t)
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
 	for name, read := range map[string]func(context.Context) error{
 		"key":         func(ctx context.Context) error { _, err := w.Key(ctx, apikey.HashKey(apiKey)); return err },
 		"absent key":  func(ctx context.Context) error { _, err := w.Key(ctx, apikey.HashKey("")); return err },
@@ -79,18 +81,18 @@ func TestStoresAreStamped(t *testing.T) {
 				}
 				return x
 			}
-			open, err := w.pool.Begin(t.Context())
+			open, err := w.Pool.Begin(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer open.Rollback(context.WithoutCancel(t.Context())) //nolint:errcheck // the connection goes with the database
-			running, ended := xid(open), xid(w.pool)
+			running, ended := xid(open), xid(w.Pool)
 
 			ctx, stamp := snapshot.Collect(t.Context())
 			if err := read(ctx); err != nil && !errors.Is(err, apikey.ErrNotFound) {
 				t.Fatal(err)
 			}
-			later := xid(w.pool)
+			later := xid(w.Pool)
 			got := stamp.Snapshot()
 			if !got.Sees(ended) || got.Sees(running) || got.Sees(later) {
 				t.Errorf("snapshot %s sees ended %d: %v, running %d: %v, later %d: %v; want true, false, false",
@@ -102,6 +104,7 @@ func TestStoresAreStamped(t *testing.T) {
 
 // TestStoresCouldNotLook: what is not an answer is not ErrNotFound.
 func TestStoresCouldNotLook(t *testing.T) {
+	t.Parallel()
 	pool := testservers.Postgres(t)
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -133,9 +136,9 @@ func TestStoresCouldNotLook(t *testing.T) {
 
 // TestStoresOnAnyDB: the stores work on a pool, a connection and a transaction.
 func TestStoresOnAnyDB(t *testing.T) {
-	w := newPostgresWorld(t)
-	apiKey, org := w.enrol(t, live, paid)
-	conn, err := w.pool.Acquire(t.Context())
+	w := world.NewPostgres(t)
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
+	conn, err := w.Pool.Acquire(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +147,7 @@ func TestStoresOnAnyDB(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, db := range map[string]apikey.DB{"pool": w.pool, "transaction": tx, "connection": conn.Conn()} {
+	for name, db := range map[string]apikey.DB{"pool": w.Pool, "transaction": tx, "connection": conn.Conn()} {
 		key, err := apikey.NewPostgresKeyStore(db).Key(t.Context(), apikey.HashKey(apiKey))
 		if err != nil || key.ID != org.KeyID {
 			t.Errorf("%s: Key = %+v, %v", name, key, err)
@@ -162,6 +165,7 @@ func TestStoresOnAnyDB(t *testing.T) {
 // TestLookupsUseIndexes shows the plans of the two statements on tables of a
 // size at which a scan would hurt.
 func TestLookupsUseIndexes(t *testing.T) {
+	t.Parallel()
 	pool := testservers.Postgres(t)
 	testservers.Exec(t, pool, `
 		INSERT INTO plan_catalogue SELECT 'plan' || i, true FROM generate_series(1, 5) i;

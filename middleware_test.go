@@ -20,7 +20,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/contract"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // A requestCase is one request and its answer. It is sent three ways: to the
@@ -31,22 +33,12 @@ type requestCase struct {
 	target string   // "/v1/things" if empty
 	lines  []string // raw header lines; {key} is the key
 	body   string
-	key    keyState  // live if empty
-	plan   planState // paid if empty
+	key    world.KeyState  // live if empty
+	plan   world.PlanState // paid if empty
 
 	want  string // the code, "" for admitted
 	only1 bool   // cannot be said in HTTP/2
 }
-
-const (
-	headerMissing = "AUTHORIZATION_HEADER_MISSING"
-	schema        = "INVALID_API_KEY_SCHEMA"
-	keyMissing    = "API_KEY_MISSING"
-	invalid       = "INVALID_API_KEY"
-	planExpired   = "PLAN_EXPIRED"
-	unavailable   = "SERVICE_UNAVAILABLE"
-	admitted      = ""
-)
 
 func auth(values ...string) []string {
 	for i, v := range values {
@@ -60,39 +52,39 @@ func requestCases() []requestCase {
 		"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 	}
 	cases := []requestCase{
-		{name: "no header", want: headerMissing},
-		{name: "key in another header", lines: []string{"X-Api-Key: {key}", "Proxy-Authorization: Bearer {key}"}, want: headerMissing},
-		{name: "key in the query", target: "/v1/things?access_token={key}&api_key={key}", want: headerMissing},
-		{name: "key in a cookie", lines: []string{"Cookie: Authorization=Bearer {key}; api_key={key}"}, want: headerMissing},
+		{name: "no header", want: world.HeaderMissing},
+		{name: "key in another header", lines: []string{"X-Api-Key: {key}", "Proxy-Authorization: Bearer {key}"}, want: world.HeaderMissing},
+		{name: "key in the query", target: "/v1/things?access_token={key}&api_key={key}", want: world.HeaderMissing},
+		{name: "key in a cookie", lines: []string{"Cookie: Authorization=Bearer {key}; api_key={key}"}, want: world.HeaderMissing},
 		{
 			name: "key in the body", method: "POST", body: "access_token={key}",
-			lines: []string{"Content-Type: application/x-www-form-urlencoded"}, want: headerMissing,
+			lines: []string{"Content-Type: application/x-www-form-urlencoded"}, want: world.HeaderMissing,
 		},
 
-		{name: "empty", lines: auth(""), want: schema},
-		{name: "blanks", lines: auth("  \t "), want: schema},
-		{name: "Token scheme", lines: auth("Token {key}"), want: schema},
-		{name: "bare key", lines: auth("{key}"), want: schema},
-		{name: "no blank", lines: auth("Bearer{key}"), want: schema},
-		{name: "colon", lines: auth("Bearer:{key}"), want: schema},
-		{name: "colon and blank", lines: auth("Bearer: {key}"), want: schema},
-		{name: "equals", lines: auth("Bearer={key}"), want: schema},
-		{name: "tab", lines: auth("Bearer\t{key}"), want: schema},
-		{name: "Basic", lines: auth("Basic dXNlcjpwYXNz"), want: schema},
-		{name: "Digest with parameters", lines: auth(`Digest username="u", realm="api"`), want: schema},
-		{name: "scheme in quotes", lines: auth(`"Bearer" {key}`), want: schema},
-		{name: "a longer word", lines: auth("Bearers {key}"), want: schema},
-		{name: "a shorter word", lines: auth("Beare {key}"), want: schema},
-		{name: "non-ASCII look-alike", lines: auth("Βearer {key}"), want: schema}, // Greek Beta
-		{name: "non-breaking space", lines: auth("Bearer\u00a0{key}"), want: schema},
+		{name: "empty", lines: auth(""), want: world.Schema},
+		{name: "blanks", lines: auth("  \t "), want: world.Schema},
+		{name: "Token scheme", lines: auth("Token {key}"), want: world.Schema},
+		{name: "bare key", lines: auth("{key}"), want: world.Schema},
+		{name: "no blank", lines: auth("Bearer{key}"), want: world.Schema},
+		{name: "colon", lines: auth("Bearer:{key}"), want: world.Schema},
+		{name: "colon and blank", lines: auth("Bearer: {key}"), want: world.Schema},
+		{name: "equals", lines: auth("Bearer={key}"), want: world.Schema},
+		{name: "tab", lines: auth("Bearer\t{key}"), want: world.Schema},
+		{name: "Basic", lines: auth("Basic dXNlcjpwYXNz"), want: world.Schema},
+		{name: "Digest with parameters", lines: auth(`Digest username="u", realm="api"`), want: world.Schema},
+		{name: "scheme in quotes", lines: auth(`"Bearer" {key}`), want: world.Schema},
+		{name: "a longer word", lines: auth("Bearers {key}"), want: world.Schema},
+		{name: "a shorter word", lines: auth("Beare {key}"), want: world.Schema},
+		{name: "non-ASCII look-alike", lines: auth("Βearer {key}"), want: world.Schema}, // Greek Beta
+		{name: "non-breaking space", lines: auth("Bearer\u00a0{key}"), want: world.Schema},
 		{name: "blanks before", lines: auth(" \t Bearer {key}")},
-		{name: "blanks before another scheme", lines: auth(" Token {key}"), want: schema},
+		{name: "blanks before another scheme", lines: auth(" Token {key}"), want: world.Schema},
 
-		{name: "Bearer", lines: auth("Bearer"), want: keyMissing},
-		{name: "Bearer and blank", lines: auth("Bearer "), want: keyMissing},
-		{name: "Bearer and blanks", lines: auth("Bearer    "), want: keyMissing},
-		{name: "Bearer, blank and tab", lines: auth("Bearer \t "), want: keyMissing},
-		{name: "lower case, no key", lines: auth("bearer "), want: keyMissing},
+		{name: "Bearer", lines: auth("Bearer"), want: world.KeyMissing},
+		{name: "Bearer and blank", lines: auth("Bearer "), want: world.KeyMissing},
+		{name: "Bearer and blanks", lines: auth("Bearer    "), want: world.KeyMissing},
+		{name: "Bearer, blank and tab", lines: auth("Bearer \t "), want: world.KeyMissing},
+		{name: "lower case, no key", lines: auth("bearer "), want: world.KeyMissing},
 
 		{name: "key", lines: auth("Bearer {key}")},
 		{name: "lower case", lines: auth("bearer {key}")},
@@ -101,52 +93,52 @@ func requestCases() []requestCase {
 		{name: "lower-case field name", lines: []string{"authorization: Bearer {key}"}},
 		{name: "no blank after the colon", lines: []string{"Authorization:Bearer {key}"}},
 		{name: "blanks after the key", lines: auth("Bearer {key} \t ")},
-		{name: "non-breaking space after the key", lines: auth("Bearer {key}\u00a0"), want: invalid},
-		{name: "tab before the key", lines: auth("Bearer \t{key}"), want: invalid},
-		{name: "junk after the key", lines: auth("Bearer {key} junk"), want: invalid},
-		{name: "comma after the key", lines: auth("Bearer {key},"), want: invalid},
-		{name: "padding after the key", lines: auth("Bearer {key}="), want: invalid},
-		{name: "key in quotes", lines: auth(`Bearer "{key}"`), want: invalid},
-		{name: "key in brackets", lines: auth("Bearer <{key}>"), want: invalid},
-		{name: "percent-encoded", lines: auth("Bearer %74{key}"), want: invalid},
-		{name: "non-ASCII", lines: auth("Bearer ключ"), want: invalid},
-		{name: "invalid UTF-8", lines: auth("Bearer \xff\xfe{key}"), want: invalid},
-		{name: "equals only", lines: auth("Bearer ===="), want: invalid},
-		{name: "the word undefined", lines: auth("Bearer undefined"), want: invalid},
-		{name: "512 bytes", lines: auth("Bearer " + strings.Repeat("a", 512)), want: invalid},
-		{name: "513 bytes", lines: auth("Bearer " + strings.Repeat("a", 513)), want: invalid},
-		{name: "1 MiB", lines: auth("Bearer " + strings.Repeat("a", 1<<20)), want: invalid},
-		{name: "1 MiB of another scheme", lines: auth(strings.Repeat("a", 1<<20)), want: schema},
-		{name: "wrong checksum", lines: auth("Bearer tpk_live_00000000000000000000000000000000000000000002nd1uY"), want: invalid},
+		{name: "non-breaking space after the key", lines: auth("Bearer {key}\u00a0"), want: world.Invalid},
+		{name: "tab before the key", lines: auth("Bearer \t{key}"), want: world.Invalid},
+		{name: "junk after the key", lines: auth("Bearer {key} junk"), want: world.Invalid},
+		{name: "comma after the key", lines: auth("Bearer {key},"), want: world.Invalid},
+		{name: "padding after the key", lines: auth("Bearer {key}="), want: world.Invalid},
+		{name: "key in quotes", lines: auth(`Bearer "{key}"`), want: world.Invalid},
+		{name: "key in brackets", lines: auth("Bearer <{key}>"), want: world.Invalid},
+		{name: "percent-encoded", lines: auth("Bearer %74{key}"), want: world.Invalid},
+		{name: "non-ASCII", lines: auth("Bearer ключ"), want: world.Invalid},
+		{name: "invalid UTF-8", lines: auth("Bearer \xff\xfe{key}"), want: world.Invalid},
+		{name: "equals only", lines: auth("Bearer ===="), want: world.Invalid},
+		{name: "the word undefined", lines: auth("Bearer undefined"), want: world.Invalid},
+		{name: "512 bytes", lines: auth("Bearer " + strings.Repeat("a", 512)), want: world.Invalid},
+		{name: "513 bytes", lines: auth("Bearer " + strings.Repeat("a", 513)), want: world.Invalid},
+		{name: "1 MiB", lines: auth("Bearer " + strings.Repeat("a", 1<<20)), want: world.Invalid},
+		{name: "1 MiB of another scheme", lines: auth(strings.Repeat("a", 1<<20)), want: world.Schema},
+		{name: "wrong checksum", lines: auth("Bearer tpk_live_00000000000000000000000000000000000000000002nd1uY"), want: world.Invalid},
 
-		{name: "two keys, joined", lines: auth("Bearer {key}, Bearer {key}"), want: invalid},
-		{name: "two headers", lines: auth("Bearer {key}", "Bearer {key}"), want: invalid},
-		{name: "two headers, the second empty", lines: auth("Bearer {key}", ""), want: invalid},
-		{name: "two headers, the first without key", lines: auth("Bearer", "Bearer {key}"), want: invalid},
-		{name: "the same, joined", lines: auth("Bearer, Bearer {key}"), want: invalid},
-		{name: "two headers that would join to a key", lines: auth("Bearer", "{key}"), want: invalid},
-		{name: "two headers, another scheme second", lines: auth("Bearer {key}", "Basic dXNlcjpwYXNz"), want: invalid},
-		{name: "two headers, another scheme first", lines: auth("Basic dXNlcjpwYXNz", "Bearer {key}"), want: schema},
-		{name: "two headers, the first empty", lines: auth("", "Bearer {key}"), want: schema},
-		{name: "two headers in two spellings", lines: []string{"Authorization: Bearer {key}", "AUTHORIZATION: Bearer {key}"}, want: invalid},
+		{name: "two keys, joined", lines: auth("Bearer {key}, Bearer {key}"), want: world.Invalid},
+		{name: "two headers", lines: auth("Bearer {key}", "Bearer {key}"), want: world.Invalid},
+		{name: "two headers, the second empty", lines: auth("Bearer {key}", ""), want: world.Invalid},
+		{name: "two headers, the first without key", lines: auth("Bearer", "Bearer {key}"), want: world.Invalid},
+		{name: "the same, joined", lines: auth("Bearer, Bearer {key}"), want: world.Invalid},
+		{name: "two headers that would join to a key", lines: auth("Bearer", "{key}"), want: world.Invalid},
+		{name: "two headers, another scheme second", lines: auth("Bearer {key}", "Basic dXNlcjpwYXNz"), want: world.Invalid},
+		{name: "two headers, another scheme first", lines: auth("Basic dXNlcjpwYXNz", "Bearer {key}"), want: world.Schema},
+		{name: "two headers, the first empty", lines: auth("", "Bearer {key}"), want: world.Schema},
+		{name: "two headers in two spellings", lines: []string{"Authorization: Bearer {key}", "AUTHORIZATION: Bearer {key}"}, want: world.Invalid},
 
-		{name: "could not look", lines: auth("Bearer {key}"), key: "outage", want: unavailable},
+		{name: "could not look", lines: auth("Bearer {key}"), key: "outage", want: world.Unavailable},
 
 		{name: "HEAD with a key", method: "HEAD", lines: auth("Bearer {key}")},
-		{name: "HEAD without", method: "HEAD", want: headerMissing},
+		{name: "HEAD without", method: "HEAD", want: world.HeaderMissing},
 		{name: "OPTIONS with a key", method: "OPTIONS", lines: auth("Bearer {key}")},
-		{name: "OPTIONS without", method: "OPTIONS", lines: []string{"Origin: https://example.com", "Access-Control-Request-Method: GET"}, want: headerMissing},
+		{name: "OPTIONS without", method: "OPTIONS", lines: []string{"Origin: https://example.com", "Access-Control-Request-Method: GET"}, want: world.HeaderMissing},
 		{name: "unknown method with a key", method: "FROBNICATE", lines: auth("Bearer {key}")},
-		{name: "unknown method without", method: "FROBNICATE", want: headerMissing},
+		{name: "unknown method without", method: "FROBNICATE", want: world.HeaderMissing},
 		{name: "POST with a body and a key", method: "POST", body: "x=1", lines: auth("Bearer {key}")},
 		{name: "WebSocket with a key", lines: append(auth("Bearer {key}"), upgrade...), only1: true},
-		{name: "WebSocket without", lines: upgrade, want: headerMissing, only1: true},
-		{name: "WebSocket with the key as protocol", lines: append([]string{"Sec-WebSocket-Protocol: bearer, {key}"}, upgrade...), want: headerMissing, only1: true},
+		{name: "WebSocket without", lines: upgrade, want: world.HeaderMissing, only1: true},
+		{name: "WebSocket with the key as protocol", lines: append([]string{"Sec-WebSocket-Protocol: bearer, {key}"}, upgrade...), want: world.HeaderMissing, only1: true},
 	}
-	for _, k := range keyStates {
-		for _, p := range planStates {
+	for _, k := range world.KeyStates {
+		for _, p := range world.PlanStates {
 			cases = append(cases, requestCase{
-				name: fmt.Sprintf("key %s, plan %s", k, p), key: k, plan: p, lines: auth("Bearer {key}"), want: wantCode(k, p),
+				name: fmt.Sprintf("key %s, plan %s", k, p), key: k, plan: p, lines: auth("Bearer {key}"), want: world.WantCode(k, p),
 			})
 		}
 	}
@@ -253,7 +245,7 @@ func (c requestCase) header() http.Header {
 }
 
 // prepared is c with its defaults and a key of its own.
-func (c requestCase) prepared(t *testing.T, w world) (requestCase, apikey.Org) {
+func (c requestCase) prepared(t *testing.T, w world.World) (requestCase, apikey.Org) {
 	if c.method == "" {
 		c.method = "GET"
 	}
@@ -261,12 +253,12 @@ func (c requestCase) prepared(t *testing.T, w world) (requestCase, apikey.Org) {
 		c.target = "/v1/things"
 	}
 	if c.key == "" {
-		c.key = live
+		c.key = world.Live
 	}
 	if c.plan == "" {
-		c.plan = paid
+		c.plan = world.Paid
 	}
-	apiKey, org := w.enrol(t, c.key, c.plan)
+	apiKey, org := w.Enrol(t, c.key, c.plan)
 	insert := strings.NewReplacer("{key}", apiKey)
 	c.target, c.body = insert.Replace(c.target), insert.Replace(c.body)
 	lines := make([]string, len(c.lines))
@@ -289,7 +281,7 @@ func (c requestCase) check(t *testing.T, resp *http.Response, handler *spy, org 
 		t.Fatalf("status %d, want %d; body %s", resp.StatusCode, wantStatus(want), body)
 	}
 
-	if want == admitted {
+	if want == world.Admitted {
 		if calls := handler.calls.Load(); calls != 1 {
 			t.Errorf("the handler ran %d times, want once", calls)
 		}
@@ -321,10 +313,10 @@ func (c requestCase) check(t *testing.T, resp *http.Response, handler *spy, org 
 }
 
 func TestRequests(t *testing.T) {
-	bodies := contract(t)
+	bodies := contract.BodiesAndOutage(t)
 	for _, way := range ways {
 		t.Run(way.name, func(t *testing.T) {
-			w := newMemoryWorld()
+			w := world.NewMemory()
 			var handler atomic.Pointer[spy]
 			keys := apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 				key, err := w.Key(ctx, h)
@@ -343,10 +335,10 @@ func TestRequests(t *testing.T) {
 				}
 				t.Run(c.name, func(t *testing.T) {
 					c, org := c.prepared(t, w)
-					w.set(func() {
-						w.err = nil
+					w.Set(func() {
+						w.Err = nil
 						if c.key == "outage" {
-							w.err = errStore
+							w.Err = world.ErrStore
 						}
 					})
 					handler.Store(new(spy))
@@ -361,21 +353,22 @@ func TestRequests(t *testing.T) {
 // in PostgreSQL, behind the cache, in front of a real server; twice each, so
 // that the second answer comes from the cache.
 func TestRequestsOnServers(t *testing.T) {
-	bodies := contract(t)
-	w := newPostgresWorld(t)
-	cache := apikey.NewCache(testservers.Redis(t), newSecret(), nil)
+	t.Parallel()
+	bodies := contract.BodiesAndOutage(t)
+	w := world.NewPostgres(t)
+	cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), nil)
 	mw := apikey.New(w, w, &apikey.Options{Cache: cache})
 	var handler atomic.Pointer[spy]
 	send := openHTTP1(t, mw.Handler(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		handler.Load().ServeHTTP(rw, r)
 	})))
-	for _, k := range keyStates {
-		for _, p := range planStates {
+	for _, k := range world.KeyStates {
+		for _, p := range world.PlanStates {
 			t.Run(fmt.Sprintf("key %s, plan %s", k, p), func(t *testing.T) {
 				c, org := requestCase{key: k, plan: p, lines: auth("Bearer {key}")}.prepared(t, w)
 				for range 2 {
 					handler.Store(new(spy))
-					c.check(t, send(t, c), handler.Load(), org, wantCode(k, p), bodies)
+					c.check(t, send(t, c), handler.Load(), org, world.WantCode(k, p), bodies)
 				}
 			})
 		}
@@ -387,20 +380,20 @@ func TestRequestsOnServers(t *testing.T) {
 func TestNoLookups(t *testing.T) {
 	for _, c := range requestCases() {
 		t.Run(c.name, func(t *testing.T) {
-			w := newMemoryWorld()
+			w := world.NewMemory()
 			c, _ := c.prepared(t, w)
 			mw := apikey.New(w, w, nil)
 			openRecorder(t, mw.Handler(new(spy)))(t, c).Body.Close()
 			want := 2
 			switch {
-			case c.want == headerMissing, c.want == schema, c.want == keyMissing:
+			case c.want == world.HeaderMissing, c.want == world.Schema, c.want == world.KeyMissing:
 				want = 0
-			case c.name == "512 bytes", c.name == "the word undefined", c.want == invalid && c.key != live:
+			case c.name == "512 bytes", c.name == "the word undefined", c.want == world.Invalid && c.key != world.Live:
 				want = 1 // looks like a key issued elsewhere, or is one
-			case c.want == invalid:
+			case c.want == world.Invalid:
 				want = 0
 			}
-			if got := w.readCount(); got != want {
+			if got := w.ReadCount(); got != want {
 				t.Errorf("%d lookups, want %d", got, want)
 			}
 		})
@@ -408,7 +401,7 @@ func TestNoLookups(t *testing.T) {
 }
 
 func TestAuthenticate(t *testing.T) {
-	w := newMemoryWorld()
+	w := world.NewMemory()
 	mw := apikey.New(w, w, nil)
 	request := func(key string) *http.Request {
 		r := httptest.NewRequest("GET", "/", nil)
@@ -416,18 +409,18 @@ func TestAuthenticate(t *testing.T) {
 		return r
 	}
 
-	key, want := w.enrol(t, live, paid)
+	key, want := w.Enrol(t, world.Live, world.Paid)
 	if org, err := mw.Authenticate(request(key)); err != nil || org != want {
 		t.Errorf("Authenticate = %+v, %v, want %+v", org, err, want)
 	}
-	key, _ = w.enrol(t, live, cancelled)
+	key, _ = w.Enrol(t, world.Live, world.Cancelled)
 	if org, err := mw.Authenticate(request(key)); !errors.Is(err, apikey.ErrPlanExpired) || org != (apikey.Org{}) {
 		t.Errorf("Authenticate = %+v, %v, want no Org and ErrPlanExpired", org, err)
 	}
 
-	w.err = errStore
+	w.Err = world.ErrStore
 	org, err := mw.Authenticate(request(key))
-	if !errors.Is(err, apikey.ErrUnavailable) || !errors.Is(err, errStore) || org != (apikey.Org{}) {
+	if !errors.Is(err, apikey.ErrUnavailable) || !errors.Is(err, world.ErrStore) || org != (apikey.Org{}) {
 		t.Errorf("Authenticate = %+v, %v, want ErrUnavailable with its cause", org, err)
 	}
 	if errors.Is(err, apikey.ErrInvalidAPIKey) {
@@ -437,26 +430,26 @@ func TestAuthenticate(t *testing.T) {
 
 // TestPlanOutage: the key could be looked up and the plan could not.
 func TestPlanOutage(t *testing.T) {
-	w := newMemoryWorld()
-	key, want := w.enrol(t, live, paid)
+	w := world.NewMemory()
+	key, want := w.Enrol(t, world.Live, world.Paid)
 	var got apikey.Decision
 	mw := apikey.New(w, apikey.PlanStoreFunc(func(context.Context, string) (apikey.Plan, error) {
-		return apikey.Plan{}, errStore
+		return apikey.Plan{}, world.ErrStore
 	}), &apikey.Options{Observe: func(_ context.Context, d apikey.Decision) { got = d }})
 	r := httptest.NewRequest("GET", "/", nil)
 	r.Header.Set("Authorization", "Bearer "+key)
 	if _, err := mw.Authenticate(r); !errors.Is(err, apikey.ErrUnavailable) {
 		t.Errorf("Authenticate = %v, want ErrUnavailable", err)
 	}
-	if got.Code != unavailable || got.OrgID != want.ID || !errors.Is(got.Err, errStore) {
+	if got.Code != world.Unavailable || got.OrgID != want.ID || !errors.Is(got.Err, world.ErrStore) {
 		t.Errorf("observed %+v", got)
 	}
 }
 
 // TestStoreWithoutOrg: a store that forgets whose key it is admits nobody.
 func TestStoreWithoutOrg(t *testing.T) {
-	w := newMemoryWorld()
-	key, _ := w.enrol(t, live, paid)
+	w := world.NewMemory()
+	key, _ := w.Enrol(t, world.Live, world.Paid)
 	mw := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) {
 		return apikey.Key{ID: "key_1", Active: true}, nil
 	}), w, nil)
@@ -468,7 +461,7 @@ func TestStoreWithoutOrg(t *testing.T) {
 }
 
 func TestObserve(t *testing.T) {
-	w := newMemoryWorld()
+	w := world.NewMemory()
 	var got []apikey.Decision
 	mw := apikey.New(w, w, &apikey.Options{Observe: func(ctx context.Context, d apikey.Decision) {
 		if ctx == nil || d.Duration <= 0 {
@@ -484,18 +477,18 @@ func TestObserve(t *testing.T) {
 		named bool // the organisation is known
 	}{
 		{requestCase{}, false},
-		{requestCase{lines: auth("Bearer {key}"), key: unknown}, false},
-		{requestCase{lines: auth("Bearer {key}"), key: deactivated}, true},
-		{requestCase{lines: auth("Bearer {key}"), plan: pastDue}, true},
+		{requestCase{lines: auth("Bearer {key}"), key: world.Unknown}, false},
+		{requestCase{lines: auth("Bearer {key}"), key: world.Deactivated}, true},
+		{requestCase{lines: auth("Bearer {key}"), plan: world.PastDue}, true},
 		{requestCase{lines: auth("Bearer {key}")}, true},
 	} {
 		got = nil
 		r, org := c.prepared(t, w)
 		send(t, r).Body.Close()
-		want := apikey.Decision{Code: headerMissing, Err: apikey.ErrAuthorizationHeaderMissing}
+		want := apikey.Decision{Code: world.HeaderMissing, Err: apikey.ErrAuthorizationHeaderMissing}
 		if len(r.lines) > 0 {
-			want.Code = wantCode(r.key, r.plan)
-			want.Err = map[string]error{invalid: apikey.ErrInvalidAPIKey, planExpired: apikey.ErrPlanExpired}[want.Code]
+			want.Code = world.WantCode(r.key, r.plan)
+			want.Err = map[string]error{world.Invalid: apikey.ErrInvalidAPIKey, world.PlanExpired: apikey.ErrPlanExpired}[want.Code]
 		}
 		if len(r.lines) > 0 {
 			want.Source = apikey.SourceStore
@@ -515,8 +508,8 @@ func TestCanceled(t *testing.T) {
 	for _, cached := range []bool{false, true} {
 		t.Run(fmt.Sprint("cached ", cached), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := newMemoryWorld()
-				key, _ := w.enrol(t, live, paid)
+				w := world.NewMemory()
+				key, _ := w.Enrol(t, world.Live, world.Paid)
 				keys := apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
 					<-ctx.Done()
 					return apikey.Key{}, ctx.Err()
@@ -524,9 +517,9 @@ func TestCanceled(t *testing.T) {
 				codes := make(chan string, 2)
 				opts := apikey.Options{Observe: func(_ context.Context, d apikey.Decision) { codes <- d.Code }}
 				if cached {
-					rdb := (&fakeRedis{fault: func(context.Context) error { return errStore }}).client()
+					rdb := (&fakeRedis{fault: func(context.Context) error { return world.ErrStore }}).client()
 					defer rdb.Close()
-					opts.Cache = apikey.NewCache(rdb, newSecret(), nil)
+					opts.Cache = apikey.NewCache(rdb, world.NewSecret(), nil)
 				}
 				mw := apikey.New(keys, w, &opts)
 				ask := func(ctx context.Context) {
@@ -543,7 +536,7 @@ func TestCanceled(t *testing.T) {
 				gone, hangUp := context.WithCancel(t.Context())
 				time.AfterFunc(10*time.Millisecond, hangUp)
 				ask(gone)
-				if got := [2]string{<-codes, <-codes}; got != [2]string{apikey.CodeCanceled, unavailable} {
+				if got := [2]string{<-codes, <-codes}; got != [2]string{apikey.CodeCanceled, world.Unavailable} {
 					t.Errorf("observed %q", got)
 				}
 			})
@@ -552,7 +545,7 @@ func TestCanceled(t *testing.T) {
 }
 
 func TestErrorHandler(t *testing.T) {
-	w := newMemoryWorld()
+	w := world.NewMemory()
 	var got error
 	mw := apikey.New(w, w, &apikey.Options{
 		Realm: "partners",
@@ -583,7 +576,7 @@ func TestContext(t *testing.T) {
 		t.Errorf("OrgFromContext = %+v, %v, want none", org, ok)
 	}
 	type other struct{}
-	want := apikey.Org{ID: "org_1", KeyID: "key_1", Plan: apikey.Plan{Name: starter}}
+	want := apikey.Org{ID: "org_1", KeyID: "key_1", Plan: apikey.Plan{Name: world.Starter}}
 	ctx := apikey.ContextWithOrg(context.WithValue(t.Context(), other{}, 1), want)
 	if ctx.Value(other{}) != 1 {
 		t.Error("ContextWithOrg hides other values")
@@ -607,7 +600,7 @@ func TestContext(t *testing.T) {
 // TestConfigurationFaults: what cannot work panics at construction and says what
 // to do.
 func TestConfigurationFaults(t *testing.T) {
-	w := newMemoryWorld()
+	w := world.NewMemory()
 	mw := apikey.New(w, w, nil)
 	for name, c := range map[string]struct {
 		construct func()

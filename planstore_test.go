@@ -6,16 +6,18 @@ import (
 	"time"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // TestPostgresPlanStore: every state of a subscription is read as it is.
 func TestPostgresPlanStore(t *testing.T) {
-	w := newPostgresWorld(t)
-	for _, state := range planStates {
+	t.Parallel()
+	w := world.NewPostgres(t)
+	for _, state := range world.PlanStates {
 		t.Run(string(state), func(t *testing.T) {
-			_, org := w.enrol(t, live, state)
+			_, org := w.Enrol(t, world.Live, state)
 			got, err := w.Plan(t.Context(), org.ID)
-			if state == noSubscription {
+			if state == world.NoSubscription {
 				if !errors.Is(err, apikey.ErrNotFound) || got != (apikey.Plan{}) {
 					t.Errorf("Plan = %+v, %v, want ErrNotFound", got, err)
 				}
@@ -24,8 +26,8 @@ func TestPostgresPlanStore(t *testing.T) {
 			if err != nil || got != org.Plan {
 				t.Errorf("Plan = %+v, %v, want %+v", got, err, org.Plan)
 			}
-			if got.AllowsAPI(time.Now()) != state.admits() {
-				t.Errorf("AllowsAPI = %v", !state.admits())
+			if got.AllowsAPI(time.Now()) != state.Admits() {
+				t.Errorf("AllowsAPI = %v", !state.Admits())
 			}
 		})
 	}
@@ -33,7 +35,7 @@ func TestPostgresPlanStore(t *testing.T) {
 
 func TestPlanAllowsAPI(t *testing.T) {
 	now := time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
-	good := apikey.Plan{Name: starter, Status: apikey.PlanActive, APIAccess: true}
+	good := apikey.Plan{Name: world.Starter, Status: apikey.PlanActive, APIAccess: true}
 	with := func(change func(*apikey.Plan)) apikey.Plan {
 		p := good
 		change(&p)
@@ -72,8 +74,8 @@ func TestPlanAllowsAPI(t *testing.T) {
 }
 
 func TestStoreFuncs(t *testing.T) {
-	w := newMemoryWorld()
-	apiKey, org := w.enrol(t, live, paid)
+	w := world.NewMemory()
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
 	key, err := apikey.KeyStoreFunc(w.Key).Key(t.Context(), apikey.HashKey(apiKey))
 	if err != nil || key.ID != org.KeyID {
 		t.Errorf("Key = %+v, %v", key, err)

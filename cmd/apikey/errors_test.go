@@ -24,6 +24,7 @@ import (
 // TestNoPasswords runs every command with every kind of wrong input, and passwords in
 // the environment and in flags: none is printed.
 func TestNoPasswords(t *testing.T) {
+	t.Parallel()
 	const mark = "hunter2-the-password"
 	stdin := "tpk_live_" + mark + "\n"
 	urls := map[string]string{
@@ -50,7 +51,7 @@ func TestNoPasswords(t *testing.T) {
 	})
 	look := func(env, flags []string, what string) {
 		for _, name := range commands {
-			for _, input := range inputs {
+			for _, input := range inputs[:testservers.Sized(6, len(inputs))] {
 				if name == "demo" && !slices.Contains(flags, "--database-url") && len(env) == 0 {
 					continue // it would serve
 				}
@@ -67,6 +68,9 @@ func TestNoPasswords(t *testing.T) {
 	}
 	for what, rest := range urls {
 		t.Run(what, func(t *testing.T) {
+			if what != "away" && what != "bad port" {
+				testservers.Long(t)
+			}
 			t.Parallel()
 			look([]string{"DATABASE_URL=postgres" + rest, "REDIS_URL=redis" + rest, "APIKEY_CACHE_SECRET=" + mark}, nil, what)
 			look(nil, []string{"--database-url", "postgres" + rest}, what+" as a flag")
@@ -86,6 +90,7 @@ func TestNoPasswords(t *testing.T) {
 
 // TestEverydayErrors: each is told in one line that says what to do.
 func TestEverydayErrors(t *testing.T) {
+	t.Parallel()
 	good := testservers.PostgresURL(t)
 	pool := testservers.Pool(t, good)
 	role := "everyday_" + strings.ToLower(pool.Config().ConnConfig.Database[12:])
@@ -148,6 +153,7 @@ func TestEverydayErrors(t *testing.T) {
 
 // TestRoles: the roles of the documents are enough for the commands that they are for.
 func TestRoles(t *testing.T) {
+	t.Parallel()
 	text, err := os.ReadFile("../../docs/operations.md")
 	if err != nil {
 		t.Fatal(err)
@@ -193,6 +199,8 @@ func TestRoles(t *testing.T) {
 
 // TestRedisAsItIs: a cluster, and a user who may only do what a cache does.
 func TestRedisAsItIs(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
 	_, addrs := testservers.StartRedisCluster(t, 3)
 	_, limited := testservers.StartRedisTCP(t)
 	if err := testservers.RedisAt(t, "redis://"+limited).Do(t.Context(), "ACL", "SETUSER", "cache", "on", ">p", "~apikey:3:*", "-@all", "+get", "+set").Err(); err != nil {
@@ -228,6 +236,7 @@ func TestRedisAsItIs(t *testing.T) {
 // TestNobodyHasSeenIt: a key that could not be shown was not made, and the one that it
 // takes the place of lives.
 func TestNobodyHasSeenIt(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	old := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme")
 	closed, w, err := os.Pipe()
@@ -261,6 +270,7 @@ func TestNobodyHasSeenIt(t *testing.T) {
 // TestInterrupted: a command that waits for input ends when it is told to, and has held
 // no transaction open meanwhile.
 func TestInterrupted(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	pool := testservers.Pool(t, s.databaseURL)
 	for _, args := range [][]string{{"keys", "import", "--org", "acme"}, {"explain"}} {
@@ -297,6 +307,7 @@ func TestInterrupted(t *testing.T) {
 
 // TestRotateByCommand: what nobody asks for stays as it is.
 func TestRotateByCommand(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	old := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme", "--test", "--expires", "30d")
 	for _, c := range []struct {
@@ -315,6 +326,7 @@ func TestRotateByCommand(t *testing.T) {
 
 // TestManyByCommand: what would be done is told before it is.
 func TestManyByCommand(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	for range 3 {
 		s.must(t, "", "keys", "create", "--org", "acme")

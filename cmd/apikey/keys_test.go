@@ -121,6 +121,7 @@ func (s shell) serve(t *testing.T) (wantCode func(key, want string)) {
 
 // TestStory is the life of a customer, by the command, while a replica serves.
 func TestStory(t *testing.T) {
+	t.Parallel()
 	s := shell{testservers.EmptyPostgresURL(t), testservers.RedisURL(t)}
 	if _, stderr, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(stderr, "faults were found") {
 		t.Errorf("doctor before there are tables: %d\n%s", status, stderr)
@@ -206,6 +207,7 @@ func TestStory(t *testing.T) {
 
 // TestExplainHeaders: what is wrong with a header is told, and the header is not.
 func TestExplainHeaders(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	key := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme").Key
 	for stdin, want := range map[string][2]string{
@@ -237,6 +239,7 @@ func TestExplainHeaders(t *testing.T) {
 
 // TestExplainRedis: what Redis holds is told, with its age and stamp.
 func TestExplainRedis(t *testing.T) {
+	t.Parallel()
 	s := shell{testservers.PostgresURL(t), testservers.StartRedis(t).URL}
 	s.must(t, "", "plan", "define", "--tier", "starter", "--api")
 	s.must(t, "", "plan", "set", "--org", "acme", "--tier", "starter")
@@ -286,6 +289,7 @@ func TestExplainRedis(t *testing.T) {
 }
 
 func TestImport(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	pool := testservers.Pool(t, s.databaseURL)
 	store := apikey.NewPostgresKeyStore(pool)
@@ -317,6 +321,7 @@ func TestImport(t *testing.T) {
 
 // TestRefusals: what cannot be done is told in one line that says what to do.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	s.must(t, "", "plan", "define", "--tier", "starter", "--api=false")
 	made := decode[keyJSON](t, s, "", "keys", "create", "--org", "acme")
@@ -363,6 +368,7 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestPlanShow(t *testing.T) {
+	t.Parallel()
 	s := shell{databaseURL: testservers.PostgresURL(t)}
 	s.must(t, "", "plan", "define", "--tier", "starter", "--api")
 	s.must(t, "", "plan", "set", "--org", "acme", "--tier", "starter", "--ends", "2100-01-01T00:00:00Z")
@@ -384,6 +390,7 @@ func TestPlanShow(t *testing.T) {
 
 // TestDoctor: each fault is found, and named.
 func TestDoctor(t *testing.T) {
+	t.Parallel()
 	exec := func(t *testing.T, pool *pgxpool.Pool, sql string) {
 		if _, err := pool.Exec(t.Context(), sql); err != nil {
 			t.Fatal(err)

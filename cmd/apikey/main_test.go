@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/trackpilots/apikey/internal/contract"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
@@ -42,30 +43,6 @@ func TestMain(m *testing.M) {
 	code := testservers.Main(m)
 	_ = os.RemoveAll(dir)
 	os.Exit(code)
-}
-
-const contract = "../../testdata/trackpilots-errors.txt"
-
-// contractBodies returns the documented bodies by code, compact.
-func contractBodies(t *testing.T) map[string]string {
-	t.Helper()
-	text, err := os.ReadFile(contract)
-	if err != nil {
-		t.Fatal(err)
-	}
-	bodies := map[string]string{}
-	for _, block := range regexp.MustCompile(`(?ms)^\{\n.*?^\}`).FindAll(text, -1) {
-		var compact bytes.Buffer
-		if err := json.Compact(&compact, block); err != nil {
-			t.Fatal(err)
-		}
-		code := regexp.MustCompile(`"code": "(\w+)"`).FindSubmatch(block)
-		bodies[string(code[1])] = compact.String()
-	}
-	if len(bodies) != 5 {
-		t.Fatalf("%d documented codes, want 5", len(bodies))
-	}
-	return bodies
 }
 
 // A runningDemo is a demo and what it printed.
@@ -132,7 +109,8 @@ func (d *runningDemo) interrupt(t *testing.T) {
 // TestDemo runs the printed curl lines, on embedded defaults and on real servers,
 // and ends the demo by Ctrl-C.
 func TestDemo(t *testing.T) {
-	bodies := contractBodies(t)
+	t.Parallel()
+	bodies := contract.Bodies(t)
 	t.Run("embedded", func(t *testing.T) {
 		d := startDemo(t)
 		d.checkCurl(t, bodies)
@@ -217,6 +195,7 @@ func (d *runningDemo) checkCurl(t *testing.T, bodies map[string]string) {
 // TestDocumentedClient: the snippet that customers copy throws the documented
 // errors.
 func TestDocumentedClient(t *testing.T) {
+	t.Parallel()
 	node, err := exec.LookPath("node")
 	if err != nil {
 		if os.Getenv("CI") != "" {
@@ -249,7 +228,7 @@ func TestDocumentedClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(node, "testdata/client.mjs", contract, d.url)
+	cmd := exec.Command(node, "testdata/client.mjs", "../../internal/contract/trackpilots-errors.txt", d.url)
 	cmd.Stdin = bytes.NewReader(input)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()
@@ -293,6 +272,7 @@ func wantFailure(t *testing.T, cmd *exec.Cmd, status int, want string) (line str
 }
 
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -330,6 +310,7 @@ func TestFaults(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
+	t.Parallel()
 	if out, err := exec.Command(binary, "help").Output(); err != nil || string(out) != usage {
 		t.Errorf("help: %v\n%s", err, out)
 	}
@@ -340,6 +321,7 @@ func TestHelp(t *testing.T) {
 
 // TestServeDrains: a request that is under way when the end comes is answered.
 func TestServeDrains(t *testing.T) {
+	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -58,7 +58,8 @@ const (
 
 // NewLog returns an empty Log without a session. What was known to be complete at a
 // time is known for lease after it. No record is used for longer than life.
-// logger is told of sessions that begin and end.
+// logger is told of sessions that begin and end, and at level Debug of each announcement
+// that Follow has entered.
 func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
 	l := &Log{lease: lease, life: life, logger: logger}
 	l.vouching.Store(new(vouching))

@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -237,23 +238,46 @@ func (s *state) wrong(broken mistake) bool {
 
 // key tells states apart.
 func (s *state) key() string {
-	text := fmt.Sprint(s.next, s.running, s.outbox, s.others, s.own, s.queue, s.row, s.listens, s.known, s.mark.xids)
+	b := make([]byte, 0, 256)
+	numbers := func(xs ...uint64) {
+		for _, x := range xs {
+			b = append(b, byte(x)) // all are small
+		}
+		b = append(b, 0xff)
+	}
+	snap := func(s snapshot.Snapshot) {
+		b = append(append(b, byte(s.Server())), s.String()...)
+		b = append(b, 0xff)
+	}
+	numbers(s.next, uint64(s.row), uint64(s.known))
+	for _, xs := range [][]uint64{s.running, s.outbox, s.others, s.own, s.mark.xids} {
+		numbers(xs...)
+	}
+	for _, n := range s.queue {
+		b = strconv.AppendBool(append(b, byte(n.xid)), n.beat)
+	}
+	b = strconv.AppendBool(append(b, 0xfe), s.listens)
 	for _, r := range s.proof.reads {
-		text += fmt.Sprint(" ", r.snap, versionAt(r.asked))
+		snap(r.snap)
+		numbers(uint64(versionAt(r.asked)))
 	}
+	b = append(b, 0xfd)
 	if s.first != nil {
-		text += fmt.Sprint(" first ", *s.first)
+		snap(*s.first)
 	}
+	b = append(b, 0xfc)
 	if s.reads != nil {
-		text += fmt.Sprint(" read ", s.reads.snap, versionAt(s.reads.asked))
+		snap(s.reads.snap)
+		numbers(uint64(versionAt(s.reads.asked)))
 	}
 	for _, c := range []*copied{s.record, s.reading} {
+		b = append(b, 0xfb)
 		if c != nil {
-			text += fmt.Sprint(" copy ", c.version, c.snap, c.snap.Server())
+			snap(c.snap)
+			numbers(uint64(c.version))
 		}
-		text += ","
 	}
-	return text
+	return string(b)
 }
 
 // search goes through all that can happen in so many moves and transactions, and returns

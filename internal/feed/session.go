@@ -378,6 +378,9 @@ func (w *wire) notified(payload string) error {
 	}
 	now := time.Now()
 	a.enter(w.log, clock.At(now))
+	if a.kind != kindBeat {
+		w.log.logger.Debug("apikey: a change is announced", "kind", a.kind, "subject", a.subject, "transaction", a.xid)
+	}
 	if w.log.FarAhead(a.xid, farAhead) { // false, most likely: it proves nothing, and is to be gone soon
 		return w.readSoon()
 	}

@@ -52,6 +52,26 @@ func Main(m *testing.M) int {
 	return code
 }
 
+// everything reports whether tests are to do all they can, as in CI, and not what one can
+// wait for at the desk.
+func everything() bool { return os.Getenv("CI") != "" }
+
+// Sized returns how much of something a test does: little at the desk, a lot in CI.
+func Sized(desk, ci int) int {
+	if everything() {
+		return ci
+	}
+	return desk
+}
+
+// Long is called by a test that takes long, and leaves it to CI.
+func Long(tb testing.TB) {
+	tb.Helper()
+	if !everything() {
+		tb.Skip("it takes long: CI=true runs it")
+	}
+}
+
 // settles waits for the goroutines that are about to end.
 func settles(before int) bool {
 	for range 500 {
@@ -262,18 +282,15 @@ func StartPostgres(tb testing.TB, args ...string) *Server {
 // StartStandby starts a standby of the server at url, which streams through there.
 func StartStandby(tb testing.TB, url string) *Server {
 	tb.Helper()
-	_, dir, _, _, err := newCluster()
+	basebackup, err := find("pg_basebackup")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	dir, err := tempDir()
 	if err != nil {
 		tb.Fatal(err)
 	}
 	data := filepath.Join(dir, "data")
-	basebackup, err := find("pg_basebackup")
-	if err == nil {
-		err = os.RemoveAll(data)
-	}
-	if err != nil {
-		tb.Fatal(err)
-	}
 	if out, err := as(dir, basebackup, "-d", url, "-D", data, "-R", "-X", "stream", "-c", "fast").CombinedOutput(); err != nil {
 		tb.Fatalf("pg_basebackup: %v\n%s", err, out)
 	}

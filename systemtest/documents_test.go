@@ -1,4 +1,4 @@
-package apikey_test
+package systemtest
 
 // What the documents say is true: programs compile, commands and SQL run, and the tests
 // and files that they name are there.
@@ -20,13 +20,14 @@ import (
 	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // document returns the text of a document.
 func document(t *testing.T, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(name)
-	mustNot(t, err)
+	world.MustNot(t, err)
 	return string(text)
 }
 
@@ -37,7 +38,7 @@ func documents(t *testing.T) (names []string) {
 	t.Helper()
 	for _, pattern := range []string{"*.md", "*/*.md", "*/*/*.md"} {
 		files, err := filepath.Glob(pattern)
-		mustNot(t, err)
+		world.MustNot(t, err)
 		names = append(names, files...)
 	}
 	return names
@@ -46,38 +47,39 @@ func documents(t *testing.T) (names []string) {
 // TestReadmeProgram builds the program, and runs it as the role for services: it admits a
 // key, and when it is told to end it has written when that was used.
 func TestReadmeProgram(t *testing.T) {
+	t.Parallel()
 	program := regexp.MustCompile("(?s)```go\n(package main.*?)```").FindStringSubmatch(readme(t))
 	if program == nil {
 		t.Fatal("the README has no program")
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	mustNot(t, err)
+	world.MustNot(t, err)
 	addr := listener.Addr().String()
-	mustNot(t, listener.Close())
+	world.MustNot(t, listener.Close())
 	dir := t.TempDir()
 	file, binary := filepath.Join(dir, "main.go"), filepath.Join(dir, "service")
-	mustNot(t, os.WriteFile(file, []byte(strings.Replace(program[1], `":8080"`, strconv.Quote(addr), 1)), 0o600))
+	world.MustNot(t, os.WriteFile(file, []byte(strings.Replace(program[1], `":8080"`, strconv.Quote(addr), 1)), 0o600))
 	for _, args := range [][]string{{"vet", file}, {"build", "-o", binary, file}} {
 		if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
 	}
 
-	w := newPostgresWorld(t)
-	url, _ := w.asReader(t, true)
-	apiKey, org := w.enrol(t, live, paid)
+	w := world.NewPostgres(t)
+	url, _ := asReader(t, w, true)
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
 	cmd := exec.Command(binary)
-	cmd.Env = append(os.Environ(), "DATABASE_URL="+url, "REDIS_URL="+testservers.RedisURL(t), fmt.Sprintf("APIKEY_CACHE_SECRET=%x", newSecret()))
+	cmd.Env = append(os.Environ(), "DATABASE_URL="+url, "REDIS_URL="+testservers.RedisURL(t), fmt.Sprintf("APIKEY_CACHE_SECRET=%x", world.NewSecret()))
 	var log lines
 	cmd.Stdout, cmd.Stderr = &log, &log
-	mustNot(t, cmd.Start())
+	world.MustNot(t, cmd.Start())
 	exited := make(chan error, 1)
 	go func() { exited <- cmd.Wait() }()
 	defer cmd.Process.Kill() //nolint:errcheck // it has ended
 	var body []byte
-	waitFor(t, func() bool {
+	world.WaitFor(t, func() bool {
 		r, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+addr+"/v1/whoami", nil)
-		mustNot(t, err)
+		world.MustNot(t, err)
 		r.Header.Set("Authorization", "Bearer "+apiKey)
 		resp, err := http.DefaultClient.Do(r)
 		if err != nil {
@@ -91,11 +93,11 @@ func TestReadmeProgram(t *testing.T) {
 	if want := org.ID + " " + org.KeyID + " starter\n"; string(body) != want {
 		t.Errorf("it answers %q, want %q", body, want)
 	}
-	mustNot(t, cmd.Process.Signal(syscall.SIGTERM))
+	world.MustNot(t, cmd.Process.Signal(syscall.SIGTERM))
 	if err := <-exited; err != nil {
 		t.Errorf("it ends with %v\n%s", err, log.take())
 	}
-	if info, _, err := admin.NewKeys(w.pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
+	if info, _, err := admin.NewKeys(w.Pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
 		t.Errorf("the last use is not written: %v, %v\n%s", info.LastUsedAt, err, log.take())
 	}
 }
@@ -103,12 +105,13 @@ func TestReadmeProgram(t *testing.T) {
 // TestReadmeCommands runs the block that begins with DATABASE_URL, on a database
 // of the test's own.
 func TestReadmeCommands(t *testing.T) {
+	t.Parallel()
 	block := regexp.MustCompile(`(?m)^    export DATABASE_URL=\S+\n((?:    .+\n)+)`).FindStringSubmatch(readme(t))
 	if block == nil || strings.Count(block[1], "\n") < 7 {
 		t.Fatalf("the README has no commands: %q", block)
 	}
 	file := filepath.Join(t.TempDir(), "key")
-	mustNot(t, os.WriteFile(file, []byte(keyformat.New(keyformat.Live)), 0o600))
+	world.MustNot(t, os.WriteFile(file, []byte(keyformat.New(keyformat.Live)), 0o600))
 	cmd := exec.Command("sh", "-ec", strings.ReplaceAll(block[1], "file-with-the-key", file))
 	cmd.Env = append(os.Environ(), "DATABASE_URL="+testservers.EmptyPostgresURL(t), "REDIS_URL=")
 	out, err := cmd.CombinedOutput()
@@ -122,10 +125,10 @@ func TestReadmeNames(t *testing.T) {
 	var sources strings.Builder
 	for _, pattern := range []string{"*_test.go", "*/*_test.go", "*/*/*_test.go"} {
 		files, err := filepath.Glob(pattern)
-		mustNot(t, err)
+		world.MustNot(t, err)
 		for _, file := range files {
 			text, err := os.ReadFile(file)
-			mustNot(t, err)
+			world.MustNot(t, err)
 			sources.Write(text)
 		}
 	}
@@ -151,6 +154,7 @@ func TestReadmeNames(t *testing.T) {
 
 // TestAlterType: the way to change the type of a column that triggers look at.
 func TestAlterType(t *testing.T) {
+	t.Parallel()
 	block := regexp.MustCompile("(?s)```sql\n(BEGIN;.*?COMMIT;)\n```").FindStringSubmatch(document(t, "docs/operations.md"))
 	if block == nil {
 		t.Fatal("there is no such SQL")

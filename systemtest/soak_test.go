@@ -1,4 +1,4 @@
-package apikey_test
+package systemtest
 
 // The fault soak: replicas under load, random faults and random changes together,
 // and an oracle that knows when each change was committed. 'make soak' runs it for
@@ -18,9 +18,10 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
-var soakFor = flag.Duration("soak.for", time.Duration(sized(3, 10))*time.Second, "how long TestSoak lasts")
+var soakFor = flag.Duration("soak.for", time.Duration(testservers.Sized(2, 10))*time.Second, "how long TestSoak lasts")
 
 const (
 	soakStaleness = 2 * time.Second // MaxStaleness
@@ -72,7 +73,7 @@ type soakSubject struct {
 
 // A soakReplica is a replica behind faults of its own.
 type soakReplica struct {
-	replica
+	world.Replica
 	postgres, redis *testservers.Proxy
 
 	mu     sync.Mutex
@@ -99,7 +100,7 @@ func (r *soakReplica) disturbed(postgres bool, since time.Time) (begin time.Time
 
 // A soak is all of it, and what came out.
 type soak struct {
-	*postgresWorld
+	*world.Postgres
 	redis    *testservers.Server
 	redisCli *redis.Client
 	replicas []*soakReplica
@@ -131,15 +132,15 @@ func (s *soak) judge(r *soakReplica, subject *soakSubject, answer string, asked,
 		worst = max(worst, age)
 	}
 	switch answer {
-	case admitted:
+	case world.Admitted:
 		need(&subject.key, true)
 		need(&subject.plan, true)
-	case invalid:
+	case world.Invalid:
 		need(&subject.key, false)
-	case planExpired:
+	case world.PlanExpired:
 		need(&subject.key, true)
 		need(&subject.plan, false)
-	case unavailable:
+	case world.Unavailable:
 		s.unanswered.Add(1)
 		if r.disturbed(false, asked.Add(-soakRecovery)).IsZero() {
 			s.complain("503 although nothing is broken")
@@ -190,7 +191,7 @@ func (s *soak) change(ctx context.Context, subject *soakSubject) error {
 	tl.mu.Lock() // before it is made: replicas may hear of it before Exec returns
 	tl.changes = append(tl.changes, soakChange{good: good, begin: time.Now()})
 	tl.mu.Unlock()
-	_, err := s.pool.Exec(ctx, sql, args...)
+	_, err := s.Pool.Exec(ctx, sql, args...)
 	tl.mu.Lock()
 	tl.changes[len(tl.changes)-1].end = time.Now()
 	tl.mu.Unlock()
@@ -232,7 +233,7 @@ func (s *soak) breakSomething(t *testing.T) {
 		set(fault, fault)
 		lasts()
 	case 3: // the sessions of all replicas
-		testservers.Exec(t, s.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+		testservers.Exec(t, s.Pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE datname = current_database() AND application_name = 'replica'`)
 	case 4, 5:
 		set(testservers.Healthy, fault)
@@ -258,21 +259,21 @@ func (s *soak) breakSomething(t *testing.T) {
 
 func TestSoak(t *testing.T) {
 	const replicas, subjects, workers = 4, 30, 3
-	s := &soak{postgresWorld: newPostgresWorld(t), redis: testservers.StartRedis(t)}
+	s := &soak{Postgres: world.NewPostgres(t), redis: testservers.StartRedis(t)}
 	s.redisCli = testservers.RedisAt(t, s.redis.URL)
-	secret := newSecret()
+	secret := world.NewSecret()
 	for range replicas {
 		r := new(soakReplica)
 		var pgURL, redisURL string
-		pgURL, r.postgres = testservers.ProxyPostgres(t, s.pool.Config().ConnString())
+		pgURL, r.postgres = testservers.ProxyPostgres(t, s.Pool.Config().ConnString())
 		redisURL, r.redis = testservers.ProxyRedis(t, s.redis.URL)
-		r.replica = watchedReplica(t, testservers.Pool(t, pgURL+"&application_name=replica"), testservers.RedisAt(t, redisURL), secret,
+		r.Replica = world.NewWatchedReplica(t, testservers.Pool(t, pgURL+"&application_name=replica"), testservers.RedisAt(t, redisURL), secret,
 			&apikey.CacheOptions{MaxStaleness: soakStaleness})
 		s.replicas = append(s.replicas, r)
 	}
 	for range subjects {
 		before := time.Now()
-		apiKey, org := s.enrol(t, live, paid)
+		apiKey, org := s.Enrol(t, world.Live, world.Paid)
 		born := []soakChange{{false, time.Time{}, before}, {true, before, time.Now()}}
 		s.subjects = append(s.subjects, &soakSubject{
 			apiKey: apiKey, hash: apikey.HashKey(apiKey), orgID: org.ID,
@@ -288,7 +289,7 @@ func TestSoak(t *testing.T) {
 				for ctx.Err() == nil {
 					subject := s.subjects[rand.IntN(subjects)]
 					asked := time.Now()
-					answer := r.ask(subject.apiKey)
+					answer := r.Ask(subject.apiKey)
 					s.judge(r, subject, answer, asked, time.Now())
 					time.Sleep(time.Millisecond)
 				}
@@ -312,7 +313,7 @@ func TestSoak(t *testing.T) {
 
 	var stale uint64
 	for _, r := range s.replicas {
-		stale += r.cache.Stats().StaleUses
+		stale += r.Cache.Stats().StaleUses
 	}
 	t.Logf("%v: %d requests to %d replicas, %d changes, %d faults; %d answered 503 in a fault, %d stale uses; "+
 		"worst staleness %v with PostgreSQL in reach, %v without; %d wrong answers",
@@ -323,17 +324,17 @@ func TestSoak(t *testing.T) {
 	}
 
 	for i, r := range s.replicas { // all is well again
-		waitFor(t, func() bool { return r.cache.Stats().FeedLive })
+		world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
 		for _, subject := range s.subjects {
-			want := admitted
+			want := world.Admitted
 			if !subject.key.changes[len(subject.key.changes)-1].good {
-				want = invalid
+				want = world.Invalid
 			} else if !subject.plan.changes[len(subject.plan.changes)-1].good {
-				want = planExpired
+				want = world.PlanExpired
 			}
-			waitFor(t, func() bool { return r.ask(subject.apiKey) == want })
+			world.WaitFor(t, func() bool { return r.Ask(subject.apiKey) == want })
 		}
-		if n := r.cache.Stats().Unannounced; n != 0 {
+		if n := r.Cache.Stats().Unannounced; n != 0 {
 			t.Errorf("replica %d found %d unannounced changes", i, n)
 		}
 	}

@@ -1,4 +1,4 @@
-package apikey_test
+package systemtest
 
 // Outages of real servers: every fault of Redis, of PostgreSQL and of both, for
 // every kind of key. Never a 401 for a good key, never a 200 for one whose
@@ -6,6 +6,8 @@ package apikey_test
 
 import (
 	"fmt"
+	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,37 +15,40 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // A rig is a replica whose servers can be broken.
 type rig struct {
-	*postgresWorld // past all faults
-	replica        // behind them
-	secret         []byte
-	postgres       *testservers.Proxy
-	redis          *testservers.Proxy
-	postgresServer *testservers.Server // nil: shared, and not to be killed
-	redisServer    *testservers.Server
-	redisDirect    *redis.Client // past the proxy
+	*world.Postgres // past all faults
+	world.Replica   // behind them
+	told            *announcements
+	secret          []byte
+	postgres        *testservers.Proxy
+	redis           *testservers.Proxy
+	postgresServer  *testservers.Server // nil: shared, and not to be killed
+	redisServer     *testservers.Server
+	redisDirect     *redis.Client // past the proxy
 }
 
-func newRig(t testing.TB, opts *apikey.CacheOptions, ownPostgres bool) *rig {
+func newRig(t testing.TB, opts apikey.CacheOptions, ownPostgres bool) *rig {
 	t.Helper()
-	rg := &rig{redisServer: testservers.StartRedis(t)}
+	rg := &rig{redisServer: testservers.StartRedis(t), told: new(announcements)}
+	opts.Logger = slog.New(rg.told)
 	if ownPostgres {
 		rg.postgresServer = testservers.StartPostgres(t)
-		rg.postgresWorld = newPostgresWorldOn(t, testservers.Pool(t, testservers.PostgresURLOn(t, rg.postgresServer)))
+		rg.Postgres = world.NewPostgresOn(t, testservers.Pool(t, testservers.PostgresURLOn(t, rg.postgresServer)))
 	} else {
-		rg.postgresWorld = newPostgresWorld(t)
+		rg.Postgres = world.NewPostgres(t)
 	}
 	redisURL := rg.redisServer.URL
 	rg.redisDirect = testservers.RedisAt(t, redisURL)
-	rg.secret = newSecret()
+	rg.secret = world.NewSecret()
 
 	var pgURL string
-	pgURL, rg.postgres = testservers.ProxyPostgres(t, rg.pool.Config().ConnString())
+	pgURL, rg.postgres = testservers.ProxyPostgres(t, rg.Pool.Config().ConnString())
 	redisURL, rg.redis = testservers.ProxyRedis(t, redisURL)
-	rg.replica = watchedReplica(t, testservers.Pool(t, pgURL), testservers.RedisAt(t, redisURL), rg.secret, opts)
+	rg.Replica = world.NewWatchedReplica(t, testservers.Pool(t, pgURL), testservers.RedisAt(t, redisURL), rg.secret, &opts)
 	return rg
 }
 
@@ -100,10 +105,10 @@ func redisOutages() []outage {
 
 func postgresOutages() []outage {
 	sql := func(statement string) func(testing.TB, *rig) {
-		return func(t testing.TB, rg *rig) { testservers.Exec(t, rg.pool, statement) }
+		return func(t testing.TB, rg *rig) { testservers.Exec(t, rg.Pool, statement) }
 	}
 	endSessions := func(t testing.TB, rg *rig) {
-		testservers.Exec(t, rg.pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+		testservers.Exec(t, rg.Pool, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 			WHERE datname = current_database() AND pid <> pg_backend_pid()`)
 	}
 	both := func(a, b func(testing.TB, *rig)) func(testing.TB, *rig) {
@@ -126,7 +131,7 @@ func postgresOutages() []outage {
 			begin: func(t testing.TB, rg *rig) { rg.postgresServer.Crash(t) },
 			end: func(t testing.TB, rg *rig) {
 				rg.postgresServer.Start(t)
-				waitFor(t, func() bool { return rg.pool.Ping(t.Context()) == nil }) // the test's own connections
+				world.WaitFor(t, func() bool { return rg.Pool.Ping(t.Context()) == nil }) // the test's own connections
 			},
 		})
 }
@@ -149,11 +154,11 @@ var keyKinds = []keyKind{inMemory, inRedis, neverSeen, dead, unpaid, revoked}
 func (k keyKind) whenWell() string {
 	switch k {
 	case dead, revoked:
-		return invalid
+		return world.Invalid
 	case unpaid:
-		return planExpired
+		return world.PlanExpired
 	}
-	return admitted
+	return world.Admitted
 }
 
 // wanted is the answer in an outage once all that was fresh has grown old.
@@ -164,14 +169,18 @@ func (k keyKind) wanted(redisReads, postgresReads, feedLive bool) string {
 	case k == inMemory, k == inRedis && redisReads, (k == dead || k == unpaid) && feedLive:
 		return k.whenWell()
 	}
-	return unavailable
+	return world.Unavailable
 }
 
-// TestFaultMatrix: each outage, for each kind of key.
+// TestFaultMatrix: each outage, for each kind of key; at the desk, those in which the
+// way to a server is down.
 func TestFaultMatrix(t *testing.T) {
 	well := outage{reads: true, feedSurvive: true, begin: func(testing.TB, *rig) {}, end: func(testing.TB, *rig) {}}
 	run := func(name string, r, p outage) {
 		t.Run(name, func(t *testing.T) {
+			if !strings.HasSuffix(name, string(testservers.Down)) {
+				testservers.Long(t)
+			}
 			t.Parallel()
 			runOutage(t, r, p)
 		})
@@ -195,33 +204,32 @@ func runOutage(t *testing.T, r, p outage) {
 		lasts        = 3 * time.Second
 		patience     = 4 * time.Second // a GET and a lookup each for key and plan take 1.3 s at most; and a busy machine
 	)
-	rg := newRig(t, &apikey.CacheOptions{MaxStaleness: maxStaleness}, p.kills)
+	rg := newRig(t, apikey.CacheOptions{MaxStaleness: maxStaleness}, p.kills)
 	keys := map[keyKind]string{}
 	for _, k := range keyKinds {
 		switch k {
 		case dead:
-			keys[k], _ = rg.enrol(t, deactivated, paid)
+			keys[k], _ = rg.Enrol(t, world.Deactivated, world.Paid)
 		case unpaid:
-			keys[k], _ = rg.enrol(t, live, statusExpired)
+			keys[k], _ = rg.Enrol(t, world.Live, world.StatusExpired)
 		default:
 			var org apikey.Org
-			keys[k], org = rg.enrol(t, live, paid)
+			keys[k], org = rg.Enrol(t, world.Live, world.Paid)
 			if k == inRedis {
-				fillRedis(t, rg, rg.redisDirect, rg.secret, keys[k], org.ID)
+				world.FillRedis(t, rg, rg.redisDirect, rg.secret, keys[k], org.ID)
 			}
 			if k == revoked {
-				rg.wantCode(t, keys[k], admitted)
+				rg.WantCode(t, keys[k], world.Admitted)
 				var xid uint64
-				if err := rg.pool.QueryRow(t.Context(), `UPDATE api_keys SET active = false WHERE id = $1
+				if err := rg.Pool.QueryRow(t.Context(), `UPDATE api_keys SET active = false WHERE id = $1
 					RETURNING pg_current_xact_id()::text::bigint`, org.KeyID).Scan(&xid); err != nil {
 					t.Fatal(err)
 				}
-				before := parseSnapshot(t, fmt.Sprintf("%d:%d:", xid, xid)).On(serverOf(t, rg.pool))
-				waitFor(t, func() bool { return rg.cache.Log().Refuted(before, keyTopic(apikey.HashKey(keys[k]))) })
+				world.WaitFor(t, func() bool { return rg.told.has(apikey.HashKey(keys[k]), xid) })
 			}
 		}
 		if k == inMemory || k == dead || k == unpaid {
-			rg.wantCode(t, keys[k], k.whenWell())
+			rg.WantCode(t, keys[k], k.whenWell())
 		}
 	}
 
@@ -234,9 +242,9 @@ func runOutage(t *testing.T, r, p outage) {
 				continue // so that it stays in Redis only for a while
 			}
 			asked := time.Now()
-			last[k] = rg.ask(keys[k])
+			last[k] = rg.Ask(keys[k])
 			slowest[k] = max(slowest[k], time.Since(asked))
-			if last[k] != k.whenWell() && last[k] != unavailable {
+			if last[k] != k.whenWell() && last[k] != world.Unavailable {
 				t.Fatalf("%s: answered %q", k, last[k])
 			}
 		}
@@ -249,15 +257,15 @@ func runOutage(t *testing.T, r, p outage) {
 			t.Errorf("%s: an answer took %v, want %v at most", k, slowest[k], patience)
 		}
 	}
-	stats := rg.cache.Stats()
+	stats := rg.Cache.Stats()
 	r.end(t, rg)
 	p.end(t, rg)
 
 	mended := time.Now()
 	for k, key := range keys {
-		waitFor(t, func() bool { return rg.ask(key) == k.whenWell() })
+		world.WaitFor(t, func() bool { return rg.Ask(key) == k.whenWell() })
 	}
-	waitFor(t, func() bool { return rg.cache.Stats().FeedLive })
+	world.WaitFor(t, func() bool { return rg.Cache.Stats().FeedLive })
 	line := fmt.Sprintf("well again after %4d ms; slowest answers in ms:", time.Since(mended).Milliseconds())
 	for _, k := range keyKinds {
 		line += fmt.Sprintf(" %s %d %q,", k, slowest[k].Milliseconds(), last[k])

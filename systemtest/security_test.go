@@ -1,4 +1,4 @@
-package apikey_test
+package systemtest
 
 // What must not come out, and what nobody needs to be allowed.
 
@@ -26,6 +26,7 @@ import (
 	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // secretsFile is where the process that fails in every way writes the keys it
@@ -35,6 +36,7 @@ const secretsFile = "APIKEY_SECRETS_FILE"
 // TestNoSecrets fails in every way in a process of its own, which prints whatever
 // there is to print, and looks for eight characters of a key in it.
 func TestNoSecrets(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "keys")
 	cmd := exec.Command(os.Args[0], "-test.run=^TestFailInEveryWay$", "-test.v")
 	cmd.Env = append(os.Environ(), secretsFile+"="+file)
@@ -87,7 +89,7 @@ func TestFailInEveryWay(t *testing.T) {
 	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stdout, nil)))
 	var keys []string
-	w := newPostgresWorld(t)
+	w := world.NewPostgres(t)
 	server := testservers.StartRedis(t)
 	rdb := testservers.RedisAt(t, server.URL)
 	show := func(values ...any) {
@@ -117,42 +119,42 @@ func TestFailInEveryWay(t *testing.T) {
 			show(err)
 		}
 	}
-	newKey := func(k keyState, p planState) string {
-		key, _ := w.enrol(t, k, p)
+	newKey := func(k world.KeyState, p world.PlanState) string {
+		key, _ := w.Enrol(t, k, p)
 		keys = append(keys, key)
 		return key
 	}
 	newCache := func(rdb redis.UniversalClient, secret []byte) *apikey.Cache { return apikey.NewCache(rdb, secret, nil) }
 
-	secret := newSecret()
+	secret := world.NewSecret()
 	cache := newCache(rdb, secret)
 	auth := apikey.New(w, w, with(cache))
-	good := newKey(live, paid)
+	good := newKey(world.Live, world.Paid)
 	for _, authorization := range []string{
-		"Bearer " + good, "Bearer " + newKey(deactivated, paid), "Bearer " + newKey(unknown, paid), "Bearer " + newKey(expired, paid),
-		"Bearer " + newKey(live, pastDue), "Bearer " + newKey(live, noSubscription),
+		"Bearer " + good, "Bearer " + newKey(world.Deactivated, world.Paid), "Bearer " + newKey(world.Unknown, world.Paid), "Bearer " + newKey(world.Expired, world.Paid),
+		"Bearer " + newKey(world.Live, world.PastDue), "Bearer " + newKey(world.Live, world.NoSubscription),
 		"Token " + good, good, "Bearer" + good, "Bearer " + good + " " + good, "Bearer " + good + "x", `Bearer "` + good + `"`,
 		"Bearer " + good + strings.Repeat("x", 512), "Bearer \xff" + good, "Bearer " + strings.ToUpper(good), "Basic " + good,
 	} {
 		ask(auth, authorization)
 	}
-	waitFor(t, func() bool { return rdb.DBSize(t.Context()).Val() > 2 })
+	world.WaitFor(t, func() bool { return rdb.DBSize(t.Context()).Val() > 2 })
 	for _, name := range rdb.Keys(t.Context(), "*").Val() {
 		show(name, rdb.Get(t.Context(), name).Val())
-		mustNot(t, rdb.Set(t.Context(), name, "forged", 0).Err())
+		world.MustNot(t, rdb.Set(t.Context(), name, "forged", 0).Err())
 	}
 	forged := newCache(rdb, secret)
 	ask(apikey.New(w, w, with(forged)), "Bearer "+good)
 
 	server.Crash(t)
 	noRedis := newCache(rdb, secret)
-	ask(apikey.New(w, w, with(noRedis)), "Bearer "+newKey(live, paid))
-	fails := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { return apikey.Key{}, errStore })
+	ask(apikey.New(w, w, with(noRedis)), "Bearer "+newKey(world.Live, world.Paid))
+	fails := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { return apikey.Key{}, world.ErrStore })
 	panics := apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { panic("nil map") })
 	for _, store := range []apikey.KeyStore{fails, panics, w} {
 		broken := newCache(rdb, secret)
 		if store == apikey.KeyStore(w) {
-			testservers.Exec(t, w.pool, `ALTER TABLE api_keys RENAME TO gone`)
+			testservers.Exec(t, w.Pool, `ALTER TABLE api_keys RENAME TO gone`)
 		}
 		for range 4 { // the last finds the breaker open
 			ask(apikey.New(store, w, with(broken)), "Bearer "+newLostKey(&keys))
@@ -165,7 +167,7 @@ func TestFailInEveryWay(t *testing.T) {
 	// A store that panics and has no cache before it: the server logs that.
 	web := httptest.NewServer(apikey.New(panics, w, nil).Handler(http.NotFoundHandler()))
 	r, err := http.NewRequest("GET", web.URL, nil)
-	mustNot(t, err)
+	world.MustNot(t, err)
 	r.Header.Set("Authorization", "Bearer "+newLostKey(&keys))
 	if resp, err := http.DefaultClient.Do(r); err == nil {
 		resp.Body.Close()
@@ -174,8 +176,8 @@ func TestFailInEveryWay(t *testing.T) {
 	web.Close()
 
 	text, err := json.Marshal(keys)
-	mustNot(t, err)
-	mustNot(t, os.WriteFile(file, text, 0o600))
+	world.MustNot(t, err)
+	world.MustNot(t, os.WriteFile(file, text, 0o600))
 	apiKey := newLostKey(&keys)
 	h := apikey.New(apikey.KeyStoreFunc(func(context.Context, apikey.KeyHash) (apikey.Key, error) { panic("the last one") }), w, nil)
 	ask(h, "Bearer "+apiKey) // ends the process, with a stack trace
@@ -188,31 +190,24 @@ func newLostKey(keys *[]string) string {
 	return key
 }
 
-func mustNot(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // asReader creates the role for services, as the documents have it, and returns the URL of
 // the database for it. What recording last uses takes is granted, or returned.
-func (w *postgresWorld) asReader(t *testing.T, records bool) (asReader, toRecord string) {
+func asReader(t *testing.T, w *world.Postgres, records bool) (readerURL, toRecord string) {
 	t.Helper()
 	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE apikey_reader.*?)(GRANT [^\n]*api_key_uses[^\n]*)\n```").FindStringSubmatch(document(t, "docs/operations.md"))
 	if block == nil {
 		t.Fatal("there is no SQL that creates apikey_reader")
 	}
-	role := "apikey_reader_" + strings.ToLower(w.pool.Config().ConnConfig.Database[12:])
-	testservers.Exec(t, w.pool, strings.ReplaceAll(block[1], "apikey_reader", role))
-	t.Cleanup(func() { testservers.Exec(t, w.pool, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
-	testservers.Exec(t, w.pool, "ALTER ROLE "+role+" PASSWORD 'reader'")
+	role := "apikey_reader_" + strings.ToLower(w.Pool.Config().ConnConfig.Database[12:])
+	testservers.Exec(t, w.Pool, strings.ReplaceAll(block[1], "apikey_reader", role))
+	t.Cleanup(func() { testservers.Exec(t, w.Pool, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
+	testservers.Exec(t, w.Pool, "ALTER ROLE "+role+" PASSWORD 'reader'")
 	toRecord = strings.ReplaceAll(block[2], "apikey_reader", role)
 	if records {
-		testservers.Exec(t, w.pool, toRecord)
+		testservers.Exec(t, w.Pool, toRecord)
 	}
-	as, err := url.Parse(w.pool.Config().ConnString())
-	mustNot(t, err)
+	as, err := url.Parse(w.Pool.Config().ConnString())
+	world.MustNot(t, err)
 	as.User = url.UserPassword(role, "reader")
 	return as.String(), toRecord
 }
@@ -220,14 +215,15 @@ func (w *postgresWorld) asReader(t *testing.T, records bool) (asReader, toRecord
 // TestReaderRole: the role for services is enough for the middleware, and for
 // nothing else.
 func TestReaderRole(t *testing.T) {
-	w := newPostgresWorld(t)
-	asReader, toRecord := w.asReader(t, false)
-	apiKey, org := w.enrol(t, live, paid)
-	pool := testservers.Pool(t, asReader)
-	r := watchedReplica(t, pool, testservers.Redis(t), newSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
-	r.wantCode(t, apiKey, admitted)
-	testservers.Exec(t, w.pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
-	waitFor(t, func() bool { return r.ask(apiKey) == invalid })
+	t.Parallel()
+	w := world.NewPostgres(t)
+	readerURL, toRecord := asReader(t, w, false)
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
+	pool := testservers.Pool(t, readerURL)
+	r := world.NewWatchedReplica(t, pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	r.WantCode(t, apiKey, world.Admitted)
+	testservers.Exec(t, w.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.Invalid })
 
 	for _, sql := range []string{
 		`UPDATE api_keys SET active = true`, `DELETE FROM api_keys`, `TRUNCATE api_keys`, `UPDATE org_plans SET status = 'active'`,
@@ -241,11 +237,11 @@ func TestReaderRole(t *testing.T) {
 	}
 
 	// What recording last uses takes, on top of that.
-	apiKey, org = w.enrol(t, live, paid)
+	apiKey, org = w.Enrol(t, world.Live, world.Paid)
 	record := func() error {
 		uses := apikey.NewLastUsed(pool, 0)
-		auth := replica{apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{LastUsed: uses}), nil}
-		auth.wantCode(t, apiKey, admitted)
+		auth := world.Replica{Middleware: apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{LastUsed: uses})}
+		auth.WantCode(t, apiKey, world.Admitted)
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
 		return uses.Run(ended)
@@ -253,9 +249,9 @@ func TestReaderRole(t *testing.T) {
 	if err := record(); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("recording a use: %v, want permission denied", err)
 	}
-	testservers.Exec(t, w.pool, toRecord)
-	mustNot(t, record())
-	if info, _, err := admin.NewKeys(w.pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
+	testservers.Exec(t, w.Pool, toRecord)
+	world.MustNot(t, record())
+	if info, _, err := admin.NewKeys(w.Pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
 		t.Errorf("last used %v, %v", info.LastUsedAt, err)
 	}
 }

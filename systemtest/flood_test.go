@@ -1,4 +1,4 @@
-package apikey_test
+package systemtest
 
 // Floods of made-up keys: nothing grows, PostgreSQL is asked by few at a time,
 // and the keys that are known do not notice.
@@ -17,9 +17,10 @@ import (
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
-var floodKeys = flag.Int("flood.keys", 20_000, "made-up keys in TestFlood")
+var floodKeys = flag.Int("flood.keys", testservers.Sized(5_000, 20_000), "made-up keys in TestFlood")
 
 // A gauge counts the lookups under way in a store.
 type gauge struct {
@@ -54,20 +55,20 @@ func madeUp(n int) string {
 
 func TestFlood(t *testing.T) {
 	const attackers, known = 16, 100
-	w := newPostgresWorld(t)
-	pool := testservers.Pool(t, w.pool.Config().ConnString()+"&pool_max_conns=10")
+	w := world.NewPostgres(t)
+	pool := testservers.Pool(t, w.Pool.Config().ConnString()+"&pool_max_conns=10")
 	rdb := testservers.RedisAt(t, testservers.StartRedis(t).URL)
-	secret := newSecret()
+	secret := world.NewSecret()
 	cache := apikey.NewCache(rdb, secret, nil)
-	watch(t, cache, pool)
-	waitFor(t, func() bool { return cache.Stats().FeedLive })
+	world.Watch(t, cache, pool)
+	world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
 	store := &gauge{KeyStore: apikey.NewPostgresKeyStore(pool)}
-	r := replica{apikey.New(store, apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache}), cache}
+	r := world.ReplicaOn(store, apikey.NewPostgresPlanStore(pool), cache)
 	var good []string
 	for range known {
-		key, org := w.enrol(t, live, paid)
-		r.wantCode(t, key, admitted)
-		fillRedis(t, w, rdb, secret, key, org.ID)
+		key, org := w.Enrol(t, world.Live, world.Paid)
+		r.WantCode(t, key, world.Admitted)
+		world.FillRedis(t, w, rdb, secret, key, org.ID)
 		good = append(good, key)
 	}
 
@@ -83,7 +84,7 @@ func TestFlood(t *testing.T) {
 			case <-time.After(100 * time.Microsecond):
 			}
 			start := time.Now()
-			r.wantCode(t, good[i%known], admitted)
+			r.WantCode(t, good[i%known], world.Admitted)
 			took = append(took, time.Since(start))
 		}
 	}
@@ -97,9 +98,9 @@ func TestFlood(t *testing.T) {
 	for range attackers {
 		wg.Go(func() {
 			for n := sent.Add(1); n <= int64(*floodKeys); n = sent.Add(1) {
-				switch answer := r.ask(madeUp(int(n))); answer {
-				case invalid:
-				case unavailable: // it had to wait too long for its turn
+				switch answer := r.Ask(madeUp(int(n))); answer {
+				case world.Invalid:
+				case world.Unavailable: // it had to wait too long for its turn
 					unanswered.Add(1)
 				default:
 					t.Errorf("a made-up key is answered %q", answer)

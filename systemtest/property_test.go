@@ -1,4 +1,4 @@
-package apikey_test
+package systemtest
 
 // The property that the cache exists for: once a change has been announced to a
 // replica, that replica answers by it.
@@ -8,7 +8,9 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
+	"net/http/httptest"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,12 +24,14 @@ import (
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/snapshot"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // A subject is one key whose row goes through versions. Its organisation is the
 // number of the version, so an answer tells which one it was made of.
 type subject struct {
-	hash apikey.KeyHash
+	apiKey string
+	hash   apikey.KeyHash
 
 	writing  sync.Mutex // held by the transaction that changes it
 	mu       sync.Mutex
@@ -42,16 +46,11 @@ type version struct {
 
 // announced returns the number of the last version whose transaction the replica
 // has been told of, or 0.
-func (s *subject) announced(cache *apikey.Cache, server snapshot.Server) int {
+func (s *subject) announced(told *announcements) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := len(s.versions) - 1; i >= 0; i-- {
-		v := s.versions[i]
-		allBut, err := snapshot.Parse(fmt.Sprintf("%d:%d:%d", v.xid, uint64(1)<<62, v.xid)) // has seen all but v
-		if err != nil {
-			panic(err)
-		}
-		if cache.Log().Refuted(allBut.On(server), keyTopic(s.hash)) {
+		if v := s.versions[i]; told.has(s.hash, v.xid) {
 			return v.number
 		}
 	}
@@ -61,7 +60,6 @@ func (s *subject) announced(cache *apikey.Cache, server snapshot.Server) int {
 // A history is a run of writers and readers, and what was wrong.
 type history struct {
 	pool     *pgxpool.Pool
-	server   snapshot.Server
 	subjects []*subject
 	numbers  atomic.Int64
 
@@ -148,18 +146,20 @@ func (h *history) change(ctx context.Context, tx pgx.Tx, s *subject) (version, e
 }
 
 // use asks a replica for s and judges the answer.
-func (h *history) use(ctx context.Context, keys apikey.KeyStore, cache *apikey.Cache, s *subject) {
-	announced := s.announced(cache, h.server)
-	key, err := keys.Key(ctx, s.hash)
+func (h *history) use(auth *apikey.Middleware, told *announcements, s *subject) {
+	announced := s.announced(told)
+	r := httptest.NewRequest("GET", "/", nil)
+	r.Header.Set("Authorization", "Bearer "+s.apiKey)
+	org, err := auth.Authenticate(r)
 	h.uses.Add(1)
 	wrong := ""
 	switch {
 	case err == nil:
 		var number int
-		if _, err := fmt.Sscan(key.OrgID, &number); err != nil || number < announced {
-			wrong = fmt.Sprintf("admits on version %s after version %d was announced", key.OrgID, announced)
+		if _, err := fmt.Sscan(org.ID, &number); err != nil || number < announced {
+			wrong = fmt.Sprintf("admits on version %s after version %d was announced", org.ID, announced)
 		}
-	case errors.Is(err, apikey.ErrNotFound):
+	case errors.Is(err, apikey.ErrInvalidAPIKey):
 		s.mu.Lock()
 		current := announced > 0
 		for _, v := range s.versions {
@@ -212,7 +212,7 @@ func (s lateStamp) Key(ctx context.Context, h apikey.KeyHash) (apikey.Key, error
 
 // A lateRedis is a hook that writes late, and now and then an older value again.
 type lateRedis struct {
-	noSet
+	world.NoSet
 	mu  sync.Mutex
 	old map[string]any
 }
@@ -249,13 +249,14 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	const replicas, writers, readers, subjects = 3, 4, 4, 12
 	url := testservers.PostgresURL(t)
 	h := &history{pool: testservers.Pool(t, url)}
-	h.server = serverOf(t, h.pool)
 	for i := range subjects {
-		h.subjects = append(h.subjects, &subject{hash: apikey.HashKey(fmt.Sprint("subject ", i))})
+		apiKey := fmt.Sprint("a-key-issued-elsewhere-", i)
+		h.subjects = append(h.subjects, &subject{apiKey: apiKey, hash: apikey.HashKey(apiKey)})
 	}
-	rdb, secret := testservers.Redis(t), newSecret()
+	rdb, secret := testservers.Redis(t), world.NewSecret()
 	rdb.AddHook(&lateRedis{old: map[string]any{}})
 
+	plans := apikey.PlanStoreFunc(func(context.Context, string) (apikey.Plan, error) { return world.PlanFacts()[world.Paid], nil })
 	ctx, stop := context.WithCancel(t.Context())
 	var writing, reading sync.WaitGroup
 	for range writers {
@@ -275,15 +276,16 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	}
 	for range replicas {
 		pool := testservers.Pool(t, url)
-		cache := apikey.NewCache(rdb, secret, nil)
-		watch(t, cache, pool)
-		waitFor(t, func() bool { return cache.Stats().FeedLive })
-		keys := cache.KeysBehind(store(pool))
+		told := new(announcements)
+		cache := apikey.NewCache(rdb, secret, &apikey.CacheOptions{Logger: slog.New(told)})
+		world.Watch(t, cache, pool)
+		world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+		auth := apikey.New(store(pool), plans, &apikey.Options{Cache: cache})
 		for range readers {
 			reading.Go(func() {
 				for h.uses.Load() < uses && !t.Failed() {
 					s := h.subjects[rand.IntN(subjects)]
-					h.use(context.WithoutCancel(ctx), keys, cache, s)
+					h.use(auth, told, s)
 					time.Sleep(500 * time.Microsecond)
 				}
 			})
@@ -295,12 +297,13 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	return h
 }
 
-var propertyUses = flag.Int64("property.uses", int64(sized(10_000, 40_000)), "uses of facts in TestProperty")
+var propertyUses = flag.Int64("property.uses", int64(testservers.Sized(5_000, 40_000)), "uses of facts in TestProperty")
 
 // TestProperty: concurrent writers with delays, savepoints, rollbacks and long
 // transactions; readers on three replicas whose fills are held back in the store
 // and in Redis. Not one use of facts that an announcement has overtaken.
 func TestProperty(t *testing.T) {
+	t.Parallel()
 	h := runHistory(t, *propertyUses, func(pool *pgxpool.Pool) apikey.KeyStore { return heldStore{apikey.NewPostgresKeyStore(pool)} })
 	t.Logf("%d uses, %d changes, %d violations", h.uses.Load(), h.changes.Load(), h.violations.Load())
 	if n := h.violations.Load(); n > 0 {
@@ -311,6 +314,7 @@ func TestProperty(t *testing.T) {
 // TestPropertyTestNotices: the same run over a store that stamps its reads too
 // late has violations. A property test that finds none there finds nothing.
 func TestPropertyTestNotices(t *testing.T) {
+	t.Parallel()
 	h := runHistory(t, *propertyUses, func(pool *pgxpool.Pool) apikey.KeyStore { return lateStamp{pool} })
 	t.Logf("%d uses, %d changes, %d violations", h.uses.Load(), h.changes.Load(), h.violations.Load())
 	if h.violations.Load() == 0 {

@@ -1,10 +1,11 @@
-package apikey_test
+package systemtest
 
 // Servers in the company of others, broken under load: Redis as a cluster and
-// under a sentinel, PostgreSQL restarted. Nobody is given a wrong answer.
+// under a sentinel or far away, PostgreSQL restarted. Nobody is given a wrong answer.
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // A load asks replicas for keys, over and over.
@@ -33,16 +35,16 @@ type load struct {
 
 // startLoad begins to ask for good keys, which must be admitted, and for dead
 // ones. Where outage is true, the dead may also be answered SERVICE_UNAVAILABLE.
-func startLoad(t testing.TB, replicas []replica, good, bad []string, outage bool) *load {
+func startLoad(t testing.TB, replicas []world.Replica, good, bad []string, outage bool) *load {
 	t.Helper()
 	l := &load{answers: map[string]int{}, wrong: map[string]int{}, allowed: map[string][]string{}}
 	for _, key := range good {
-		l.allowed[key] = []string{admitted}
+		l.allowed[key] = []string{world.Admitted}
 	}
 	for _, key := range bad {
-		l.allowed[key] = []string{invalid}
+		l.allowed[key] = []string{world.Invalid}
 		if outage {
-			l.allowed[key] = append(l.allowed[key], unavailable)
+			l.allowed[key] = append(l.allowed[key], world.Unavailable)
 		}
 	}
 	l.keys = append(slices.Clone(good), bad...)
@@ -67,9 +69,9 @@ func startLoad(t testing.TB, replicas []replica, good, bad []string, outage bool
 	return l
 }
 
-func (l *load) ask(r replica, key string) {
+func (l *load) ask(r world.Replica, key string) {
 	start := time.Now()
-	answer := r.ask(key)
+	answer := r.Ask(key)
 	took := time.Since(start)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -99,18 +101,18 @@ func (l *load) stop(t testing.TB) {
 }
 
 // enrolMany makes n paying organisations with a key each, and returns the keys.
-func enrolMany(t testing.TB, w world, n int, k keyState) (keys []string) {
+func enrolMany(t testing.TB, w world.World, n int, k world.KeyState) (keys []string) {
 	t.Helper()
 	for range n {
-		key, _ := w.enrol(t, k, paid)
+		key, _ := w.Enrol(t, k, world.Paid)
 		keys = append(keys, key)
 	}
 	return keys
 }
 
-func sumStats(replicas []replica) (sum apikey.CacheStats) {
+func sumStats(replicas []world.Replica) (sum apikey.CacheStats) {
 	for _, r := range replicas {
-		s := r.cache.Stats()
+		s := r.Cache.Stats()
 		sum.RedisHits += s.RedisHits
 		sum.RedisErrors += s.RedisErrors
 		sum.StaleUses += s.StaleUses
@@ -122,28 +124,29 @@ func sumStats(replicas []replica) (sum apikey.CacheStats) {
 // TestRedisCluster: one of three masters dies under load, and comes back. The
 // replicas have no memory of their own, so that every request asks Redis.
 func TestRedisCluster(t *testing.T) {
+	testservers.Long(t)
 	t.Parallel()
 	nodes, addrs := testservers.StartRedisCluster(t, 3)
-	w, secret := newPostgresWorld(t), newSecret()
-	var replicas []replica
+	w, secret := world.NewPostgres(t), world.NewSecret()
+	var replicas []world.Replica
 	for range 2 {
 		rdb := redis.NewClusterClient(&redis.ClusterOptions{Addrs: addrs, ContextTimeoutEnabled: true})
 		t.Cleanup(func() { _ = rdb.Close() })
-		replicas = append(replicas, newReplica(w, rdb, secret, &apikey.CacheOptions{MemoryEntries: -1}))
+		replicas = append(replicas, world.NewReplica(w, rdb, secret, world.NoMemory()))
 	}
-	l := startLoad(t, replicas, enrolMany(t, w, 40, live), enrolMany(t, w, 5, deactivated), false)
+	l := startLoad(t, replicas, enrolMany(t, w, 40, world.Live), enrolMany(t, w, 5, world.Deactivated), false)
 	hits := func() uint64 { return sumStats(replicas).RedisHits }
 	grows := func() {
 		before := hits()
-		waitFor(t, func() bool { return hits() > before+100 })
+		world.WaitFor(t, func() bool { return hits() > before+100 })
 	}
 	grows()
 	nodes[1].Crash(t)
-	waitFor(t, func() bool { return sumStats(replicas).RedisErrors > 0 })
+	world.WaitFor(t, func() bool { return sumStats(replicas).RedisErrors > 0 })
 	grows() // the others are still of use
 	nodes[1].Start(t)
 	settled := sumStats(replicas).RedisErrors
-	waitFor(t, func() bool {
+	world.WaitFor(t, func() bool {
 		time.Sleep(500 * time.Millisecond)
 		before := settled
 		settled = sumStats(replicas).RedisErrors
@@ -155,29 +158,30 @@ func TestRedisCluster(t *testing.T) {
 // TestRedisSentinel: the master dies under load, and a sentinel makes its replica
 // the master.
 func TestRedisSentinel(t *testing.T) {
+	testservers.Long(t)
 	t.Parallel()
 	master, masterAddr := testservers.StartRedisTCP(t)
 	standby, _ := testservers.StartRedisTCP(t, "--replicaof", strings.ReplaceAll(masterAddr, ":", " "))
 	sentinel := testservers.StartSentinel(t, masterAddr, 1)
-	w, secret := newPostgresWorld(t), newSecret()
-	var replicas []replica
+	w, secret := world.NewPostgres(t), world.NewSecret()
+	var replicas []world.Replica
 	for range 2 {
 		rdb := redis.NewFailoverClient(&redis.FailoverOptions{
 			MasterName: "main", SentinelAddrs: []string{sentinel}, ContextTimeoutEnabled: true,
 		})
 		t.Cleanup(func() { _ = rdb.Close() })
-		replicas = append(replicas, newReplica(w, rdb, secret, &apikey.CacheOptions{MemoryEntries: -1}))
+		replicas = append(replicas, world.NewReplica(w, rdb, secret, world.NoMemory()))
 	}
-	l := startLoad(t, replicas, enrolMany(t, w, 40, live), enrolMany(t, w, 5, deactivated), false)
-	waitFor(t, func() bool { return sumStats(replicas).RedisHits > 100 })
+	l := startLoad(t, replicas, enrolMany(t, w, 40, world.Live), enrolMany(t, w, 5, world.Deactivated), false)
+	world.WaitFor(t, func() bool { return sumStats(replicas).RedisHits > 100 })
 	master.Crash(t)
 	promoted := testservers.RedisAt(t, standby.URL)
-	waitFor(t, func() bool { return promoted.Do(t.Context(), "ROLE").Val().([]any)[0] == "master" })
+	world.WaitFor(t, func() bool { return promoted.Do(t.Context(), "ROLE").Val().([]any)[0] == "master" })
 	if err := promoted.FlushAll(t.Context()).Err(); err != nil { // as if nothing had reached it in time
 		t.Fatal(err)
 	}
 	before := sumStats(replicas).RedisHits
-	waitFor(t, func() bool {
+	world.WaitFor(t, func() bool {
 		return promoted.DBSize(t.Context()).Val() > 40 && sumStats(replicas).RedisHits > before+100
 	})
 	l.stop(t)
@@ -186,33 +190,66 @@ func TestRedisSentinel(t *testing.T) {
 // TestPostgresRestart: PostgreSQL crashes under load, stays away for a while, and
 // comes back.
 func TestPostgresRestart(t *testing.T) {
+	testservers.Long(t)
 	t.Parallel()
 	server := testservers.StartPostgres(t)
 	pool := testservers.Pool(t, testservers.PostgresURLOn(t, server))
-	w := newPostgresWorldOn(t, pool)
-	rdb, secret := testservers.Redis(t), newSecret()
-	var replicas []replica
+	w := world.NewPostgresOn(t, pool)
+	rdb, secret := testservers.Redis(t), world.NewSecret()
+	var replicas []world.Replica
 	for range 2 {
 		own := testservers.Pool(t, pool.Config().ConnString())
-		replicas = append(replicas, watchedReplica(t, own, rdb, secret, &apikey.CacheOptions{MaxStaleness: time.Second}))
+		replicas = append(replicas, world.NewWatchedReplica(t, own, rdb, secret, &apikey.CacheOptions{MaxStaleness: time.Second}))
 	}
-	good := enrolMany(t, w, 40, live)
-	l := startLoad(t, replicas, good, enrolMany(t, w, 5, deactivated), true)
-	waitFor(t, func() bool { return replicas[0].ask(good[0]) == admitted })
+	good := enrolMany(t, w, 40, world.Live)
+	l := startLoad(t, replicas, good, enrolMany(t, w, 5, world.Deactivated), true)
+	world.WaitFor(t, func() bool { return replicas[0].Ask(good[0]) == world.Admitted })
 
 	server.Crash(t)
-	waitFor(t, func() bool { return sumStats(replicas).StaleUses > 100 })
+	world.WaitFor(t, func() bool { return sumStats(replicas).StaleUses > 100 })
 	server.Start(t)
 	for _, r := range replicas {
-		waitFor(t, func() bool { return r.cache.Stats().FeedLive })
-		waitFor(t, func() bool { return r.ask("never-seen-before-by-anybody") == invalid })
+		world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
+		world.WaitFor(t, func() bool { return r.Ask("never-seen-before-by-anybody") == world.Invalid })
 	}
 	l.stop(t)
-	waitFor(t, func() bool { return pool.Ping(t.Context()) == nil })
+	world.WaitFor(t, func() bool { return pool.Ping(t.Context()) == nil })
 	testservers.Exec(t, pool, `UPDATE api_keys SET active = false`)
 	for _, r := range replicas {
 		for _, key := range good {
-			waitFor(t, func() bool { return r.ask(key) == invalid })
+			world.WaitFor(t, func() bool { return r.Ask(key) == world.Invalid })
 		}
+	}
+}
+
+// TestDistantRedis: Redis is as far away as another region, and wants a password: it
+// takes longer to connect than a request may wait. It is used all the same.
+func TestDistantRedis(t *testing.T) {
+	t.Parallel()
+	server := testservers.StartRedis(t, "--requirepass", "p")
+	address, proxy := testservers.ProxyRedis(t, server.URL)
+	proxy.Delay(20 * time.Millisecond)
+	opts, err := redis.ParseURL(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opts.Password, opts.ContextTimeoutEnabled = "p", true
+	rdb := redis.NewClient(opts)
+	defer rdb.Close()
+	w := world.NewPostgres(t)
+	apiKey, _ := w.Enrol(t, world.Live, world.Paid)
+	r := world.NewPostgresReplica(w, rdb, world.NewSecret(), world.NoMemory())
+	world.WaitFor(t, func() bool {
+		r.WantCode(t, apiKey, world.Admitted)
+		return r.Cache.Stats().RedisHits > 10
+	})
+	if err := r.Cache.Stats().RedisErr; err != nil {
+		t.Errorf("RedisErr is %v", err)
+	}
+
+	hopeless := world.NewPostgresReplica(w, rdb, world.NewSecret(), &apikey.CacheOptions{MemoryEntries: -1, RedisTimeout: 5 * time.Millisecond})
+	hopeless.WantCode(t, apiKey, world.Admitted)
+	if err := hopeless.Cache.Stats().RedisErr; !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("with less time than it takes RedisErr is %v", err)
 	}
 }

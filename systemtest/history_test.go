@@ -1,0 +1,267 @@
+package systemtest
+
+// Another server behind the same address, and servers that stores should not read:
+// what was known of one must not be taken for what another says.
+
+import (
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
+)
+
+const historyStaleness = time.Second // MaxStaleness
+
+// within waits for an answer for as long as facts may go unnoticed, and some time for a
+// busy machine.
+func within(t *testing.T, r world.Replica, apiKey, want string) {
+	t.Helper()
+	start := time.Now()
+	for r.Ask(apiKey) != want {
+		if time.Since(start) > historyStaleness+2*time.Second {
+			t.Fatalf("answers %q after %v, want %q", r.Ask(apiKey), time.Since(start), want)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	for range 3 { // and stays so
+		r.WantCode(t, apiKey, want)
+	}
+}
+
+// TestAnotherDatabase: restored from a dump, or switched over by logical replication:
+// a database with other transaction ids stands behind the address, where one key is
+// revoked that was live, and one is live that was revoked.
+func TestAnotherDatabase(t *testing.T) {
+	testservers.Long(t)
+	for name, burnt := range map[string][2]int{"to far lower ids": {20_000, 0}, "to far higher ids": {0, 20_000}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var pools [2]*pgxpool.Pool
+			var servers [2]*testservers.Server
+			for i := range pools {
+				servers[i] = testservers.StartPostgres(t)
+				pools[i] = testservers.Pool(t, testservers.Migrated(t, servers[i].URL))
+				testservers.Exec(t, pools[i], `DO $$ BEGIN FOR i IN 1..`+strconv.Itoa(burnt[i])+` LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$`)
+			}
+			address, proxy := testservers.ProxyPostgres(t, servers[0].URL)
+			rdb, secret := testservers.Redis(t), world.NewSecret()
+			opts := &apikey.CacheOptions{MaxStaleness: historyStaleness}
+			w := world.NewPostgresOn(t, pools[0])
+			other := world.NewPostgresOn(t, pools[1])
+			revoked, org := w.Enrol(t, world.Live, world.Paid)
+			restored, restoredOrg := w.Enrol(t, world.Deactivated, world.Paid)
+			lost, _ := w.Enrol(t, world.Live, world.Paid) // not in the other database
+			copyKey(t, other, revoked, org, false)
+			copyKey(t, other, restored, restoredOrg, true)
+			r := world.NewWatchedReplica(t, testservers.Pool(t, address), rdb, secret, opts)
+			for range 10 { // leave marks
+				testservers.Exec(t, pools[0], `UPDATE api_keys SET expires_at = now() + '1 day'`)
+			}
+			world.WaitFor(t, func() bool {
+				return r.Ask(revoked) == world.Admitted && r.Ask(restored) == world.Invalid && r.Ask(lost) == world.Admitted
+			})
+
+			proxy.Redirect(t, servers[1].URL)
+			within(t, r, revoked, world.Invalid)
+			within(t, r, restored, world.Admitted)
+			within(t, r, lost, world.Invalid)
+			world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
+			// Vouched for and announced as before.
+			before := r.Cache.Stats().StoreReads
+			for start := time.Now(); time.Since(start) < 2*historyStaleness; time.Sleep(10 * time.Millisecond) {
+				r.WantCode(t, restored, world.Admitted)
+			}
+			if n := r.Cache.Stats().StoreReads - before; n > 2 {
+				t.Errorf("%d lookups of one key: it is refuted over and over, or not vouched for", n)
+			}
+			testservers.Exec(t, pools[1], `UPDATE api_keys SET active = NOT active`)
+			within(t, r, revoked, world.Admitted)
+			within(t, r, restored, world.Invalid)
+
+			// Another replica, which finds records of both in Redis.
+			fresh := world.NewWatchedReplica(t, testservers.Pool(t, address), rdb, secret, opts)
+			within(t, fresh, revoked, world.Admitted)
+			within(t, fresh, lost, world.Invalid)
+			if n := r.Cache.Stats().Unannounced; n != 0 {
+				t.Errorf("%d unannounced changes", n)
+			}
+
+			// In an outage of the new one, what the old one said is worth nothing.
+			servers[1].Crash(t)
+			time.Sleep(historyStaleness)
+			for _, r := range []world.Replica{r, fresh} {
+				if got := r.Ask(lost); got == world.Admitted {
+					t.Error("in an outage, a key of the old database is admitted")
+				}
+				if got := r.Ask(revoked); got != world.Admitted {
+					t.Errorf("in an outage, a known good key of the new database is answered %q", got)
+				}
+			}
+		})
+	}
+}
+
+// copyKey puts a key on record in other.
+func copyKey(t *testing.T, other *world.Postgres, apiKey string, org apikey.Org, active bool) {
+	t.Helper()
+	h := apikey.HashKey(apiKey)
+	testservers.Exec(t, other.Pool, `INSERT INTO organisations VALUES ($1)`, org.ID)
+	testservers.Exec(t, other.Pool, `INSERT INTO org_plans (org_id, plan, status) VALUES ($1, 'starter', 'active')`, org.ID)
+	testservers.Exec(t, other.Pool, `INSERT INTO api_keys (id, org_id, key_hash, active) VALUES ($1, $2, $3, $4)`, org.KeyID, org.ID, h[:], active)
+}
+
+// TestPromotedStandby: the primary dies, and a standby takes over that has not received
+// the last transactions: their ids are used again.
+func TestPromotedStandby(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
+	primary := testservers.StartPostgres(t)
+	w := world.NewPostgresOn(t, testservers.Pool(t, testservers.Migrated(t, primary.URL)))
+	link, linkProxy := testservers.ProxyPostgres(t, primary.URL)
+	standby := testservers.StartStandby(t, link)
+	address, proxy := testservers.ProxyPostgres(t, primary.URL)
+	r := world.NewWatchedReplica(t, testservers.Pool(t, address), testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+	kept, keptOrg := w.Enrol(t, world.Live, world.Paid)
+	lost, lostOrg := w.Enrol(t, world.Live, world.Paid)
+	r.WantCode(t, kept, world.Admitted)
+	r.WantCode(t, lost, world.Admitted)
+	testservers.Exec(t, w.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, keptOrg.KeyID)
+	within(t, r, kept, world.Invalid)
+	onStandby := testservers.Pool(t, standby.URL)
+	world.WaitFor(t, func() bool {
+		var active bool
+		err := onStandby.QueryRow(t.Context(), `SELECT active FROM api_keys WHERE id = $1`, keptOrg.KeyID).Scan(&active)
+		return err == nil && !active
+	})
+	linkProxy.Set(t, testservers.Down)
+	testservers.Exec(t, w.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, lostOrg.KeyID) // is never heard of again
+	within(t, r, lost, world.Invalid)
+
+	primary.Crash(t)
+	testservers.Exec(t, onStandby, `SELECT pg_promote()`)
+	proxy.Redirect(t, standby.URL)
+	within(t, r, lost, world.Admitted) // as the new primary has it
+	within(t, r, kept, world.Invalid)
+	world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
+	testservers.Exec(t, onStandby, `UPDATE api_keys SET active = NOT active`)
+	within(t, r, lost, world.Invalid)
+	within(t, r, kept, world.Admitted)
+	if n := r.Cache.Stats().Unannounced; n != 0 {
+		t.Errorf("%d unannounced changes", n)
+	}
+}
+
+// TestStandbyReads: the stores read a standby that lags, and the feed is live on the
+// primary: the facts are used by their age, and the statistics tell.
+func TestStandbyReads(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
+	primary := testservers.StartPostgres(t)
+	w := world.NewPostgresOn(t, testservers.Pool(t, testservers.Migrated(t, primary.URL)))
+	standby := testservers.Pool(t, testservers.StartStandby(t, primary.URL).URL)
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
+	cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+	world.Watch(t, cache, w.Pool)
+	world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+	r := world.ReplicaOn(apikey.NewPostgresKeyStore(standby), apikey.NewPostgresPlanStore(standby), cache)
+	world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.Admitted })
+	testservers.Exec(t, standby, `SELECT pg_wal_replay_pause()`)
+	testservers.Exec(t, w.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	world.WaitFor(t, func() bool { return cache.Stats().Announcements >= 1 })
+	r.Ask(apiKey) // reads what the standby has, after the announcement
+	testservers.Exec(t, standby, `SELECT pg_wal_replay_resume()`)
+	within(t, r, apiKey, world.Invalid)
+	if got := cache.Stats(); got.StandbyReads == 0 || !got.FeedLive {
+		t.Errorf("%+v, want reads of a standby, beside a live feed", got)
+	}
+}
+
+// TestReadsElsewhere: a proxy sends what the stores read to another primary than the
+// one that announces: nothing is vouched for, and the fault is told.
+func TestReadsElsewhere(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
+	for name, elsewhere := range map[string]func() string{
+		"another server":                 func() string { return testservers.Migrated(t, testservers.StartPostgres(t).URL) },
+		"another database of the server": func() string { return testservers.PostgresURL(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			here, there := world.NewPostgres(t), world.NewPostgresOn(t, testservers.Pool(t, elsewhere()))
+			apiKey, org := there.Enrol(t, world.Live, world.Paid)
+			cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+			world.Watch(t, cache, here.Pool)
+			world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+			r := world.ReplicaOn(there.PostgresKeyStore, there.PostgresPlanStore, cache)
+			r.WantCode(t, apiKey, world.Admitted)
+			world.WaitFor(t, func() bool { err := cache.Stats().FeedErr; return err != nil })
+			if cache.Stats().FeedErr.Error() != "the stores read from another server or database than the one that announces: is a proxy or a switch-over in between?" {
+				t.Errorf("FeedErr is %v", cache.Stats().FeedErr)
+			}
+			testservers.Exec(t, there.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+			within(t, r, apiKey, world.Invalid)
+		})
+	}
+}
+
+// TestOneRedis: two databases, or two sets of tables in one, behind one Redis and with
+// one secret. An organisation has paid in the first only.
+func TestOneRedis(t *testing.T) {
+	t.Parallel()
+	schema := func(t *testing.T, paid string) string {
+		testservers.Exec(t, testservers.Pool(t, paid), `CREATE SCHEMA other`)
+		return testservers.Migrated(t, paid+"&search_path=other")
+	}
+	for name, other := range map[string]func(t *testing.T, paid string) string{
+		"two databases of one server": func(t *testing.T, _ string) string { return testservers.PostgresURL(t) },
+		"two servers":                 func(t *testing.T, _ string) string { return testservers.Migrated(t, testservers.StartPostgres(t).URL) },
+		"two schemas":                 schema,
+	} {
+		t.Run(name, func(t *testing.T) {
+			url := testservers.PostgresURL(t)
+			first, rdb, secret := world.NewPostgresOn(t, testservers.Pool(t, url)), testservers.Redis(t), world.NewSecret()
+			second := world.NewPostgresOn(t, testservers.Pool(t, other(t, url)))
+			apiKey, org := first.Enrol(t, world.Live, world.Paid)
+			copyKey(t, second, apiKey, org, true)
+			testservers.Exec(t, second.Pool, `UPDATE org_plans SET status = 'past_due'`)
+			key, plan := world.RedisNames(apikey.HashKey(apiKey), org.ID)
+			for _, replica := range []func(w *world.Postgres, opts *apikey.CacheOptions) world.Replica{
+				func(w *world.Postgres, opts *apikey.CacheOptions) world.Replica { // the plan comes with the key
+					return world.NewPostgresReplica(w, rdb, secret, opts)
+				},
+				func(w *world.Postgres, opts *apikey.CacheOptions) world.Replica { // or by itself
+					return world.NewReplica(w, rdb, secret, opts)
+				},
+			} {
+				world.AwaitRecords(t, replica(first, world.NoMemory()), rdb, apiKey, key)
+				fresh, known := replica(second, nil), replica(second, nil)
+				fresh.WantCode(t, apiKey, world.PlanExpired)
+				known.MeetStore(t, second)
+				known.WantCode(t, apiKey, world.PlanExpired)
+				rdb.Del(t.Context(), key, plan)
+			}
+		})
+	}
+}
+
+// TestNamespace: stores of the user's own do not say where they read. With namespaces
+// they do not share records.
+func TestNamespace(t *testing.T) {
+	t.Parallel()
+	rdb, secret := testservers.Redis(t), world.NewSecret()
+	first, second := world.NewMemory(), world.NewMemory()
+	apiKey, _ := first.Enrol(t, world.Live, world.Paid)
+	a := world.NewReplica(first, rdb, secret, &apikey.CacheOptions{Namespace: "production", MemoryEntries: -1})
+	world.WaitFor(t, func() bool {
+		a.WantCode(t, apiKey, world.Admitted)
+		record, _ := a.Cache.InspectKey(t.Context(), apikey.HashKey(apiKey))
+		return record.Found
+	})
+	world.NewReplica(second, rdb, secret, &apikey.CacheOptions{Namespace: "staging"}).WantCode(t, apiKey, world.Invalid)
+	b := world.NewReplica(second, rdb, secret, &apikey.CacheOptions{Namespace: "production"})
+	world.WaitFor(t, func() bool { return b.Ask(apiKey) == world.Admitted }) // from Redis
+}
