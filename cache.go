@@ -31,7 +31,6 @@ import (
 )
 
 const (
-	minSecretLen = 32
 	minStaleness = 100 * time.Millisecond
 	absentKeys   = 1024 // held, so that a flood of made-up keys takes no memory
 
@@ -120,7 +119,7 @@ func (o *CacheOptions) withDefaults() CacheOptions {
 	r.RefreshAfter = cmp.Or(r.RefreshAfter, max(5*time.Minute, r.MaxStaleness))
 	r.StaleIfError = cmp.Or(r.StaleIfError, max(15*time.Minute, r.RefreshAfter))
 	r.MemoryEntries = cmp.Or(r.MemoryEntries, 131_072)
-	r.RedisTimeout = cmp.Or(r.RedisTimeout, 50*time.Millisecond)
+	r.RedisTimeout = cmp.Or(r.RedisTimeout, shared.DefaultTimeout)
 	r.StoreTimeout = cmp.Or(r.StoreTimeout, 500*time.Millisecond)
 	r.MaxBatches = cmp.Or(r.MaxBatches, 4)
 	r.MaxBatchSize = cmp.Or(r.MaxBatchSize, 256)
@@ -140,8 +139,8 @@ func (o CacheOptions) check() string {
 		return fmt.Sprintf("StaleIfError is %v: use at least MaxStaleness, %v", o.StaleIfError, o.MaxStaleness)
 	case !shared.ValidNamespace(o.Namespace):
 		return fmt.Sprintf("Namespace is %q: use up to 64 of the characters A-Z a-z 0-9 - _ .", o.Namespace)
-	case slices.ContainsFunc(o.AcceptedSecrets, func(s []byte) bool { return len(s) < minSecretLen }):
-		return fmt.Sprintf("AcceptedSecrets has one of less than %d bytes: use those that NewCache is given elsewhere", minSecretLen)
+	case slices.ContainsFunc(o.AcceptedSecrets, func(s []byte) bool { return len(s) < sealed.MinSecretLen }):
+		return fmt.Sprintf("AcceptedSecrets has one of less than %d bytes: use those that NewCache is given elsewhere", sealed.MinSecretLen)
 	case o.RedisTimeout < time.Millisecond:
 		return fmt.Sprintf("RedisTimeout is %v: use at least 1ms", o.RedisTimeout)
 	case o.StoreTimeout < time.Millisecond:
@@ -219,8 +218,8 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	case !honoursContext(rdb):
 		panic("apikey: NewCache: set ContextTimeoutEnabled: true in the options of the Redis client; " +
 			"without it the client ignores deadlines, and a frozen Redis holds up requests for seconds")
-	case len(secret) < minSecretLen:
-		panic(fmt.Sprintf("apikey: NewCache: the secret has %d bytes: use at least %d random ones", len(secret), minSecretLen))
+	case len(secret) < sealed.MinSecretLen:
+		panic(fmt.Sprintf("apikey: NewCache: the secret has %d bytes: use at least %d random ones", len(secret), sealed.MinSecretLen))
 	}
 	if fault := o.check(); fault != "" {
 		panic("apikey: NewCache: CacheOptions." + fault)
@@ -283,6 +282,18 @@ func honoursContext(rdb redis.UniversalClient) bool {
 		return client.Options().ContextTimeoutEnabled
 	}
 	return true
+}
+
+// Ready waits until announcements have been heard for the first time, and then returns nil.
+// If ctx ends before, it returns the cause, and the fault of [Cache.Watch] if there was one.
+// A service may use the cache before, at the price of more lookups.
+func (c *Cache) Ready(ctx context.Context) error {
+	select {
+	case <-c.shared.Log.WentLive():
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("apikey: announcements are not heard: %w", errors.Join(context.Cause(ctx), c.shared.Log.Fault()))
+	}
 }
 
 // Stats returns the counters as they are now.

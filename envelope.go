@@ -8,7 +8,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -164,30 +163,6 @@ func challenge(e *Error, realm string) string {
 		c += `, error="invalid_token"`
 	}
 	return c
-}
-
-// maxErrorBody is how much of an answer ErrorFromResponse reads, in bytes.
-const maxErrorBody = 64 << 10
-
-// ErrorFromResponse returns the error that an answer of the API holds, for its
-// clients: nil for a status below 400, an [*Error] if the body is the envelope, and
-// some other error if it is not, as from a proxy on the way. It reads the body, up to
-// 64 KiB, and leaves it to the caller to close.
-//
-//	if err := apikey.ErrorFromResponse(resp); errors.Is(err, apikey.ErrPlanExpired) {
-func ErrorFromResponse(resp *http.Response) error {
-	if resp.StatusCode < 400 {
-		return nil
-	}
-	var e envelope
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody))
-	if err != nil {
-		return fmt.Errorf("apikey: reading an answer with status %d: %w", resp.StatusCode, err)
-	}
-	if err := json.Unmarshal(body, &e); err != nil || e.Success || e.Error.Code == "" {
-		return fmt.Errorf("apikey: an answer with status %d that is not the error envelope", resp.StatusCode)
-	}
-	return &Error{StatusCode: resp.StatusCode, StatusMessage: e.StatusMessage, Message: e.Error.Message, Code: e.Error.Code}
 }
 
 const defaultRealm = "api"

@@ -7,10 +7,8 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"slices"
 	"strings"
 	"testing"
-	"testing/iotest"
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/contract"
@@ -219,39 +217,5 @@ func TestErrorIs(t *testing.T) {
 		if want := e.Code + ": " + e.Message; e.Error() != want {
 			t.Errorf("Error() = %q, want %q", e.Error(), want)
 		}
-	}
-}
-
-// TestErrorFromResponse: what a client decodes is what the middleware wrote.
-func TestErrorFromResponse(t *testing.T) {
-	own := &apikey.Error{StatusCode: 404, StatusMessage: "Not found", Message: "No <thing>", Code: "THING_NOT_FOUND"}
-	for _, e := range append(slices.Clone(refusals), own) {
-		got, ok := errors.AsType[*apikey.Error](apikey.ErrorFromResponse(write("GET", e, nil)))
-		if !ok || *got != *e || !errors.Is(got, e) {
-			t.Errorf("decoded %+v, want %+v", got, e)
-		}
-	}
-	answer := func(status int, body string) *http.Response {
-		return &http.Response{StatusCode: status, Body: io.NopCloser(strings.NewReader(body))}
-	}
-	if err := apikey.ErrorFromResponse(answer(200, `{"error":{"code":"X"}}`)); err != nil {
-		t.Errorf("a success is %v", err)
-	}
-	for name, resp := range map[string]*http.Response{
-		"a proxy's page":  answer(502, "<html>Bad Gateway</html>"),
-		"nothing":         answer(401, ""),
-		"other JSON":      answer(401, `{"error":"unauthorized"}`),
-		"no code":         answer(401, `{"success":false,"error":{"message":"m"}}`),
-		"a success in it": answer(401, `{"success":true,"error":{"message":"m","code":"X"}}`),
-		"endless":         answer(401, `{"success":false,"x":"`+strings.Repeat("x", 1<<20)+`"}`),
-	} {
-		err := apikey.ErrorFromResponse(resp)
-		if _, ok := errors.AsType[*apikey.Error](err); err == nil || ok || !strings.Contains(err.Error(), fmt.Sprint(resp.StatusCode)) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	broken := &http.Response{StatusCode: 401, Body: io.NopCloser(iotest.ErrReader(world.ErrStore))}
-	if err := apikey.ErrorFromResponse(broken); !errors.Is(err, world.ErrStore) {
-		t.Errorf("a connection that breaks: %v", err)
 	}
 }

@@ -102,6 +102,16 @@ func ExampleMiddleware_Authenticate() {
 }
 
 // Decisions go to the log. A refusal is the client's affair, an outage is ours.
+// A request of gRPC has its header in metadata.
+func ExampleMiddleware_AuthenticateHeader() {
+	keys, plans := exampleStores()
+	auth := apikey.New(keys, plans, nil)
+	metadata := map[string][]string{"authorization": {"Bearer some-key-that-nobody-has"}}
+	_, err := auth.AuthenticateHeader(context.Background(), metadata["authorization"])
+	fmt.Println(errors.Is(err, apikey.ErrInvalidAPIKey))
+	// Output: true
+}
+
 func ExampleOptions() {
 	logger := slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
@@ -175,27 +185,6 @@ func ExampleKeyStoreFunc() {
 }
 
 // A client of the API tells errors apart by their codes.
-func ExampleErrorFromResponse() {
-	keys, plans := exampleStores()
-	server := httptest.NewServer(apikey.New(keys, plans, nil).Handler(http.NotFoundHandler()))
-	defer server.Close()
-
-	resp, err := http.Get(server.URL)
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer resp.Body.Close()
-	switch err := apikey.ErrorFromResponse(resp); {
-	case errors.Is(err, apikey.ErrPlanExpired):
-		fmt.Println("upgrade")
-	case errors.Is(err, apikey.ErrUnavailable):
-		fmt.Println("try again")
-	default:
-		fmt.Println(err)
-	}
-	// Output: AUTHORIZATION_HEADER_MISSING: Authorization header is missing
-}
-
 // Plans that another service knows: a status of 404 is an answer, all else that is
 // not one is an outage.
 func ExamplePlanStoreFunc() {

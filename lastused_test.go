@@ -46,11 +46,11 @@ func TestLastUsed(t *testing.T) {
 		t.Fatal(err)
 	}
 	store := admin.NewKeys(f.Pool)
-	info, _, err := store.Find(t.Context(), org.KeyID)
+	info, err := store.Find(t.Context(), org.KeyID)
 	if err != nil || info.LastUsedAt.Before(before.Add(-time.Millisecond)) || info.LastUsedAt.After(time.Now()) {
 		t.Errorf("last used at %v, %v", info.LastUsedAt, err)
 	}
-	if info, _, err := store.Find(t.Context(), refusedOrg.KeyID); err != nil || !info.LastUsedAt.IsZero() {
+	if info, err := store.Find(t.Context(), refusedOrg.KeyID); err != nil || !info.LastUsedAt.IsZero() {
 		t.Errorf("a refused key was last used at %v, %v", info.LastUsedAt, err)
 	}
 	var waiting int
@@ -92,7 +92,7 @@ func TestLastUsedAside(t *testing.T) {
 		if err := uses.Run(ended); err != nil {
 			t.Fatal(err)
 		}
-		info, _, err := store.Find(t.Context(), org.KeyID)
+		info, err := store.Find(t.Context(), org.KeyID)
 		if err != nil {
 			t.Fatal(err)
 		}

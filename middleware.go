@@ -224,8 +224,14 @@ func (m *Middleware) Handler(next http.Handler) http.Handler {
 //   - A live key whose plan does not pass: [ErrPlanExpired].
 //   - A store could not look: [ErrUnavailable], wrapping the cause.
 func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
+	return m.AuthenticateHeader(r.Context(), r.Header["Authorization"])
+}
+
+// AuthenticateHeader is [Middleware.Authenticate] for requests that are no *http.Request,
+// such as those of gRPC. It takes the values of their Authorization header or metadata.
+func (m *Middleware) AuthenticateHeader(ctx context.Context, values []string) (Org, error) {
 	if m.opts.Observe == nil {
-		org, _, err := m.decide(r)
+		org, _, err := m.decide(ctx, values)
 		if err != nil {
 			return Org{}, err
 		}
@@ -233,24 +239,24 @@ func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	}
 
 	start := time.Now()
-	org, source, err := m.decide(r)
+	org, source, err := m.decide(ctx, values)
 	d := Decision{Err: err, OrgID: org.ID, KeyID: org.KeyID, Source: source, Duration: time.Since(start)}
 	if e, ok := errors.AsType[*Error](err); ok {
 		d.Code = e.Code
-		if e.Code == ErrUnavailable.Code && errors.Is(r.Context().Err(), context.Canceled) {
+		if e.Code == ErrUnavailable.Code && errors.Is(ctx.Err(), context.Canceled) {
 			d.Code = CodeCanceled
 		}
 		org = Org{}
 	}
-	m.opts.Observe(r.Context(), d)
+	m.opts.Observe(ctx, d)
 	return org, err
 }
 
 // decide is Authenticate, but names the organisation as soon as it is known, and
 // tells where its facts were found. It reads the clock once for all that is known
 // here, since that costs as much as finding it.
-func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error) {
-	apiKey, fault := bearer.Key(r.Header["Authorization"])
+func (m *Middleware) decide(ctx context.Context, values []string) (org Org, source Source, err error) {
+	apiKey, fault := bearer.Key(values)
 	if fault != bearer.None {
 		return org, "", headerFaults[fault]
 	}
@@ -264,7 +270,7 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 		if !keyformat.Plausible(apiKey) {
 			return org, "", ErrInvalidAPIKey
 		}
-		if key, source, err = m.keys.fetch(r.Context(), hash); err != nil {
+		if key, source, err = m.keys.fetch(ctx, hash); err != nil {
 			return org, source, unavailable(err)
 		}
 		now = time.Now()
@@ -285,7 +291,7 @@ func (m *Middleware) decide(r *http.Request) (org Org, source Source, err error)
 	plan := m.plans.recall(facts, at)
 	if plan == nil {
 		var from Source
-		if plan, from, err = m.plans.fetch(r.Context(), facts); err != nil {
+		if plan, from, err = m.plans.fetch(ctx, facts); err != nil {
 			return org, source, unavailable(err)
 		}
 		source, now = farther(source, from), time.Now()

@@ -89,6 +89,7 @@ type KeyInfo struct {
 	LastUsedAt time.Time // zero: never, or not recorded: see [apikey.LastUsed]
 
 	Environment Environment
+	Hash        apikey.KeyHash
 }
 
 // State returns "active", "deactivated" or "expired".
@@ -107,26 +108,27 @@ func (k KeyInfo) key() apikey.Key {
 }
 
 const (
-	infoColumns = `k.id::text, k.org_id, k.name, k.hint, k.active, k.created_at, k.expires_at, k.environment, u.last_used_at`
+	infoColumns = `k.id::text, k.key_hash, k.org_id, k.name, k.hint, k.active, k.created_at, k.expires_at, k.environment, u.last_used_at`
 	infoTables  = `api_keys k LEFT JOIN api_key_uses u ON u.key_id = k.id`
-	newColumns  = `k.id::text, k.org_id, k.name, k.hint, k.active, k.created_at, k.expires_at, k.environment, NULL::timestamptz` // never used
+	newColumns  = `k.id::text, k.key_hash, k.org_id, k.name, k.hint, k.active, k.created_at, k.expires_at, k.environment, NULL::timestamptz` // never used
 )
 
 // scanInfo reads infoColumns or newColumns, which may all be NULL.
 func scanInfo(row pgx.Row, before ...any) (KeyInfo, error) {
 	var (
 		id, orgID, name, hint, env       *string
+		hash                             []byte
 		active                           *bool
 		createdAt, expiresAt, lastUsedAt *time.Time
 	)
-	err := row.Scan(append(before, &id, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &env, &lastUsedAt)...)
+	err := row.Scan(append(before, &id, &hash, &orgID, &name, &hint, &active, &createdAt, &expiresAt, &env, &lastUsedAt)...)
 	if err != nil || id == nil {
 		return KeyInfo{}, err
 	}
 	return KeyInfo{
 		ID: *id, OrgID: *orgID, Name: *name, Hint: *hint, Active: *active,
 		CreatedAt: pg.TimeOrZero(createdAt), ExpiresAt: pg.TimeOrZero(expiresAt), LastUsedAt: pg.TimeOrZero(lastUsedAt),
-		Environment: Environment(*env),
+		Environment: Environment(*env), Hash: apikey.KeyHash(hash),
 	}, nil
 }
 
@@ -356,30 +358,29 @@ func (s *Keys) Rotate(ctx context.Context, orgID, keyID string, until time.Time,
 	return KeyInfo{}, Secret{}, err
 }
 
-// Find returns a key by its id, whosever it is, and its hash: for support, not for
-// customers. Errors: [apikey.ErrNotFound].
-func (s *Keys) Find(ctx context.Context, keyID string) (KeyInfo, apikey.KeyHash, error) {
+// Find returns a key by its id, whichever organisation it belongs to: for support, not
+// for customers. Errors: [apikey.ErrNotFound].
+func (s *Keys) Find(ctx context.Context, keyID string) (KeyInfo, error) {
 	if !pg.IsUUID(keyID) {
-		return KeyInfo{}, apikey.KeyHash{}, apikey.ErrNotFound
+		return KeyInfo{}, apikey.ErrNotFound
 	}
 	return s.find(ctx, `id`, keyID)
 }
 
 // FindHash is [Keys.Find] by the hash of the key.
-func (s *Keys) FindHash(ctx context.Context, h apikey.KeyHash) (KeyInfo, apikey.KeyHash, error) {
+func (s *Keys) FindHash(ctx context.Context, h apikey.KeyHash) (KeyInfo, error) {
 	return s.find(ctx, `key_hash`, h[:])
 }
 
-func (s *Keys) find(ctx context.Context, column string, value any) (KeyInfo, apikey.KeyHash, error) {
-	var h []byte
-	info, err := scanInfo(s.db.QueryRow(ctx, `SELECT k.key_hash, `+infoColumns+` FROM `+infoTables+` WHERE k.`+column+` = $1`, value), &h)
+func (s *Keys) find(ctx context.Context, column string, value any) (KeyInfo, error) {
+	info, err := scanInfo(s.db.QueryRow(ctx, `SELECT `+infoColumns+` FROM `+infoTables+` WHERE k.`+column+` = $1`, value))
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return KeyInfo{}, apikey.KeyHash{}, apikey.ErrNotFound
+		return KeyInfo{}, apikey.ErrNotFound
 	case err != nil:
-		return KeyInfo{}, apikey.KeyHash{}, fmt.Errorf("apikey: reading api_keys: %w", err)
+		return KeyInfo{}, fmt.Errorf("apikey: reading api_keys: %w", err)
 	}
-	return info, apikey.KeyHash(h), nil
+	return info, nil
 }
 
 func (k NewKey) check() error {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/admin"
+	"github.com/trackpilots/apikey/apikeyclient"
 	"github.com/trackpilots/apikey/internal/testservers"
 )
 
@@ -90,7 +91,7 @@ func TestRateLimit(t *testing.T) {
 		if rec.Code != c.status {
 			t.Errorf("request %d: %d %s, want %d", i, rec.Code, rec.Body, c.status)
 		}
-		if err := apikey.ErrorFromResponse(rec.Result()); c.status == 429 && err == nil || err != nil && c.status == 200 {
+		if err := apikeyclient.FromResponse(rec.Result()); c.status == 429 && err == nil || err != nil && c.status == 200 {
 			t.Errorf("request %d: %v", i, err)
 		}
 	}

@@ -97,7 +97,7 @@ func TestReadmeProgram(t *testing.T) {
 	if err := <-exited; err != nil {
 		t.Errorf("it ends with %v\n%s", err, log.take())
 	}
-	if info, _, err := admin.NewKeys(w.Pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
+	if info, err := admin.NewKeys(w.Pool).Find(t.Context(), org.KeyID); err != nil || info.LastUsedAt.IsZero() {
 		t.Errorf("the last use is not written: %v, %v\n%s", info.LastUsedAt, err, log.take())
 	}
 }

@@ -61,7 +61,7 @@ func TestFlood(t *testing.T) {
 	secret := world.NewSecret()
 	cache := apikey.NewCache(rdb, secret, nil)
 	world.Watch(t, cache, pool)
-	world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+	world.Ready(t, cache)
 	store := &gauge{KeyStore: apikey.NewPostgresKeyStore(pool)}
 	r := world.ReplicaOn(store, apikey.NewPostgresPlanStore(pool), cache)
 	var good []string

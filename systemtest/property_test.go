@@ -279,7 +279,7 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 		told := new(announcements)
 		cache := apikey.NewCache(rdb, secret, &apikey.CacheOptions{Logger: slog.New(told)})
 		world.Watch(t, cache, pool)
-		world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+		world.Ready(t, cache)
 		auth := apikey.New(store(pool), plans, &apikey.Options{Cache: cache})
 		for range readers {
 			reading.Go(func() {

@@ -228,7 +228,7 @@ func TestDistantRedis(t *testing.T) {
 	t.Parallel()
 	server := testservers.StartRedis(t, "--requirepass", "p")
 	address, proxy := testservers.ProxyRedis(t, server.URL)
-	proxy.Delay(20 * time.Millisecond)
+	proxy.Delay(100 * time.Millisecond)
 	opts, err := redis.ParseURL(address)
 	if err != nil {
 		t.Fatal(err)
@@ -238,10 +238,10 @@ func TestDistantRedis(t *testing.T) {
 	defer rdb.Close()
 	w := world.NewPostgres(t)
 	apiKey, _ := w.Enrol(t, world.Live, world.Paid)
-	r := world.NewPostgresReplica(w, rdb, world.NewSecret(), world.NoMemory())
+	r := world.NewPostgresReplica(w, rdb, world.NewSecret(), &apikey.CacheOptions{MemoryEntries: -1, RedisTimeout: 400 * time.Millisecond})
 	world.WaitFor(t, func() bool {
 		r.WantCode(t, apiKey, world.Admitted)
-		return r.Cache.Stats().RedisHits > 10
+		return r.Cache.Stats().RedisHits > 3
 	})
 	if err := r.Cache.Stats().RedisErr; err != nil {
 		t.Errorf("RedisErr is %v", err)

@@ -366,7 +366,7 @@ func TestExecModes(t *testing.T) {
 					_, _, err = ours.Rotate(t.Context(), orgID, info.ID, time.Now().Add(time.Hour), admin.NewKey{})
 					_, _, err2 := ours.List(t.Context(), orgID, admin.Page{})
 					_, err3 := ours.Import(t.Context(), orgID, rand.Text(), admin.NewKey{ExpiresAt: time.Now().Add(time.Hour)})
-					_, _, err4 := ours.FindHash(t.Context(), apikey.HashKey(secret.Reveal()))
+					_, err4 := ours.FindHash(t.Context(), apikey.HashKey(secret.Reveal()))
 					err = errors.Join(err, err2, err3, err4, ours.Deactivate(t.Context(), orgID, info.ID), ours.Activate(t.Context(), orgID, info.ID),
 						ours.Expire(t.Context(), orgID, info.ID, time.Time{}), ours.Delete(t.Context(), orgID, info.ID),
 						tiers.DefineTier(t.Context(), "tier", true), tiers.Subscribe(t.Context(), orgID, "tier", apikey.PlanActive, time.Time{}),
@@ -388,7 +388,7 @@ func TestIdleSessions(t *testing.T) {
 	pool := testservers.Pool(t, testservers.Migrated(t, server.URL))
 	cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: 5 * time.Second})
 	world.Watch(t, cache, pool)
-	world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+	world.Ready(t, cache)
 	for start := time.Now(); time.Since(start) < 2*time.Second; time.Sleep(time.Millisecond) {
 		if s := cache.Stats(); !s.FeedLive || s.FeedErr != nil {
 			t.Fatalf("after %v the feed is lost: %v", time.Since(start), s.FeedErr)
@@ -476,6 +476,11 @@ func TestWatchFaults(t *testing.T) {
 	done := make(chan error)
 	go func() { done <- other.Watch(ctx, away) }()
 	world.WaitFor(t, func() bool { return other.Stats().FeedErr != nil })
+	hurry, giveUp := context.WithTimeout(t.Context(), time.Millisecond)
+	defer giveUp()
+	if err := other.Ready(hurry); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "connecting") {
+		t.Errorf("Ready = %v, want the deadline and the fault", err)
+	}
 	if got := other.Stats(); got.FeedLive || !strings.Contains(got.FeedErr.Error(), "connecting") {
 		t.Errorf("%+v", got)
 	}
@@ -486,7 +491,10 @@ func TestWatchFaults(t *testing.T) {
 	// And it may be watched again.
 	ctx, cancel = context.WithCancel(t.Context())
 	go func() { done <- other.Watch(ctx, f.Pool) }()
-	world.WaitFor(t, func() bool { return other.Stats().FeedLive })
+	world.Ready(t, other)
+	if !other.Stats().FeedLive {
+		t.Error("the feed is not live although the cache is ready")
+	}
 	cancel()
 	if err := <-done; err != nil {
 		t.Errorf("Watch = %v", err)
@@ -579,7 +587,7 @@ func TestSlowNetwork(t *testing.T) {
 			cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
 			pool := testservers.Pool(t, address+"0") // 10 s to connect
 			world.Watch(t, cache, pool)
-			world.WaitFor(t, func() bool { return cache.Stats().FeedLive })
+			world.Ready(t, cache)
 			liveFor, total := 0, 0
 			for start := time.Now(); time.Since(start) < 4*time.Second; time.Sleep(5 * time.Millisecond) {
 				total++

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"strings"
 	"time"
@@ -16,7 +15,10 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/admin"
+	"github.com/trackpilots/apikey/internal/bearer"
+	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/pg"
+	"github.com/trackpilots/apikey/internal/sealed"
 	"github.com/trackpilots/apikey/internal/shared"
 )
 
@@ -105,17 +107,17 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 	e := new(explanation)
 	var verdict error
 	if id != "" {
-		info, h, err := admin.NewKeys(pool).Find(ctx, id)
+		info, err := admin.NewKeys(pool).Find(ctx, id)
 		if errors.Is(err, apikey.ErrNotFound) {
 			return nil, fmt.Errorf("there is no key with this id; to look for a key itself, write it to standard input%w", errNotThere)
 		}
 		if err != nil {
 			return nil, err
 		}
-		e.Header, e.hash = "not looked at: the key was given by its id", &h
+		e.Header, e.hash = "not looked at: the key was given by its id", &info.Hash
 		e.Key = new(toJSON(info, admin.Secret{}))
 		verdict = authenticate(ctx, apikey.KeyStoreFunc(func(ctx context.Context, _ apikey.KeyHash) (apikey.Key, error) {
-			return keys.Key(ctx, h)
+			return keys.Key(ctx, info.Hash)
 		}), plans, "Bearer the-key-by-its-id")
 	} else {
 		// The middleware takes the header apart; what it looks for tells the hash.
@@ -126,7 +128,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 		e.Header = "a Bearer key, well-formed"
 		if e.hash == nil {
 			e.Header = "refused: " + reasonOfHeader(header, verdict)
-		} else if info, _, err := admin.NewKeys(pool).FindHash(ctx, *e.hash); err == nil {
+		} else if info, err := admin.NewKeys(pool).FindHash(ctx, *e.hash); err == nil {
 			e.Key = new(toJSON(info, admin.Secret{}))
 		} else if !errors.Is(err, apikey.ErrNotFound) {
 			return nil, err
@@ -155,12 +157,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 }
 
 func authenticate(ctx context.Context, keys apikey.KeyStore, plans apikey.PlanStore, header string) error {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "/", nil)
-	if err != nil {
-		return err
-	}
-	r.Header["Authorization"] = []string{header}
-	_, err = apikey.New(keys, plans, nil).Authenticate(r)
+	_, err := apikey.New(keys, plans, nil).AuthenticateHeader(ctx, []string{header})
 	return err
 }
 
@@ -177,9 +174,9 @@ func reasonOfHeader(header string, verdict error) string {
 	switch {
 	case strings.ContainsAny(key, " ,\t"):
 		return "more than one key follows Bearer"
-	case len(key) > 512:
-		return fmt.Sprintf("the key has %d bytes, and 512 are the most", len(key))
-	case strings.HasPrefix(key, "tpk_"):
+	case len(key) > bearer.MaxKeyLen:
+		return fmt.Sprintf("the key has %d bytes, and %d are the most", len(key), bearer.MaxKeyLen)
+	case !keyformat.Plausible(key):
 		return "it begins like a key of ours, but its length or checksum is wrong: it was mistyped, cut off or made up"
 	}
 	return "it holds characters that a key cannot have"
@@ -212,7 +209,7 @@ func (e *explanation) reason() string {
 // addRedis adds what Redis holds of the key and the plan, and how it differs.
 func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) error {
 	secret := os.Getenv("APIKEY_CACHE_SECRET")
-	if len(secret) < 32 {
+	if len(secret) < sealed.MinSecretLen {
 		return errors.New("to read records in Redis, set APIKEY_CACHE_SECRET to the secret of the caches; or leave --redis-url and REDIS_URL empty")
 	}
 	rdb, err := openRedis(ctx, redisURL)

@@ -81,16 +81,13 @@ func checkRedis(ctx context.Context, rdb redis.UniversalClient) finding {
 	switch {
 	case err != nil:
 		return finding{"Redis", stateFault, err.Error()}
-	case took > redisTimeout:
-		return finding{"Redis", stateFault, fmt.Sprintf("a GET takes %v: caches wait for %v by default, so that they never use it: give them a larger RedisTimeout, or a Redis that is nearer", took, redisTimeout)}
-	case took > redisTimeout/2:
-		return finding{"Redis", stateWarning, fmt.Sprintf("a GET takes %v, and caches wait for %v by default", took, redisTimeout)}
+	case took > shared.DefaultTimeout:
+		return finding{"Redis", stateFault, fmt.Sprintf("a GET takes %v: caches wait for %v by default, so that they never use it: give them a larger RedisTimeout, or a Redis that is nearer", took, shared.DefaultTimeout)}
+	case took > shared.DefaultTimeout/2:
+		return finding{"Redis", stateWarning, fmt.Sprintf("a GET takes %v, and caches wait for %v by default", took, shared.DefaultTimeout)}
 	}
 	return finding{"Redis", stateOK, fmt.Sprintf("SET, and GET in %v", took)}
 }
-
-// redisTimeout is what CacheOptions.RedisTimeout defaults to.
-const redisTimeout = 50 * time.Millisecond
 
 func checkRedisMemory(ctx context.Context, rdb redis.UniversalClient) finding {
 	const check = "Redis memory"

@@ -85,6 +85,7 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 // Renew notes that all that was committed at a time has been announced.
 func (l *Log) Renew(known clock.Instant) {
 	if l.renew(known) {
+		l.goesLive.Do(func() { close(l.live) })
 		l.logger.Info("apikey: changes are heard")
 	}
 }
@@ -183,6 +184,9 @@ func (l *Log) Live(now clock.Instant) bool {
 	v := l.vouching.Load()
 	return v.session != nil && !v.mismatch && v.session.known.Age(now) < l.lease
 }
+
+// WentLive is closed when a session has been live.
+func (l *Log) WentLive() <-chan struct{} { return l.live }
 
 // Covers reports whether every change that a record, read in snap, has not seen was or
 // will be announced in the present session.

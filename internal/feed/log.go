@@ -22,8 +22,10 @@ type Log struct {
 	logger   *slog.Logger
 	epochs   [cells]atomic.Uint32
 	vouching atomic.Pointer[vouching]
-	asked    atomic.Int64 // when the session asked what is not answered yet, since began; 0: all is answered
-	lastRead atomic.Int64 // when a store last read from the session's server, since began
+	asked    atomic.Int64  // when the session asked what is not answered yet, since began; 0: all is answered
+	lastRead atomic.Int64  // when a store last read from the session's server, since began
+	live     chan struct{} // closed when a session has been live
+	goesLive sync.Once
 
 	mu         sync.RWMutex
 	history    History
@@ -61,7 +63,7 @@ const (
 // logger is told of sessions that begin and end, and at level Debug of each announcement
 // that Follow has entered.
 func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
-	l := &Log{lease: lease, life: life, logger: logger}
+	l := &Log{lease: lease, life: life, logger: logger, live: make(chan struct{})}
 	l.vouching.Store(new(vouching))
 	for kind := range l.marks {
 		l.marks[kind] = newMarks()

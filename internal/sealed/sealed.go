@@ -19,6 +19,9 @@ const version = "apikey sealed value 1"
 // A Sealer seals and opens values. It is safe for concurrent use.
 type Sealer struct{ keys [][]byte } // the first one seals
 
+// MinSecretLen is the length in bytes that a secret must have at least.
+const MinSecretLen = 32
+
 // NewSealer returns a Sealer under a key derived from secret, which also opens what was
 // sealed under the secrets of accepted.
 func NewSealer(secret []byte, accepted ...[]byte) *Sealer {

@@ -32,6 +32,9 @@ const (
 	connectTimeout = 5 * time.Second
 )
 
+// DefaultTimeout is the time that Redis has to answer, unless the user says otherwise.
+const DefaultTimeout = 50 * time.Millisecond
+
 // Root is what the names of all records begin with. It changes with their form.
 const Root = "apikey:3:"
 

@@ -125,7 +125,7 @@ func NewWatchedReplica(t testing.TB, pool *pgxpool.Pool, rdb redis.UniversalClie
 	t.Helper()
 	cache := apikey.NewCache(rdb, secret, opts)
 	Watch(t, cache, pool)
-	WaitFor(t, func() bool { return cache.Stats().FeedLive })
+	Ready(t, cache)
 	return ReplicaOn(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), cache)
 }
 
@@ -141,6 +141,14 @@ func Watch(t testing.TB, cache *apikey.Cache, pool *pgxpool.Pool) {
 			t.Errorf("Watch: %v", err)
 		}
 	})
+}
+
+// Ready waits until a cache that is watched hears of changes.
+func Ready(t testing.TB, cache *apikey.Cache) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
+	defer cancel()
+	MustNot(t, cache.Ready(ctx))
 }
 
 // FillRedis asks for a key until Redis holds the records of it and of its plan.
@@ -164,10 +172,13 @@ func AwaitRecords(t testing.TB, r Replica, rdb *redis.Client, apiKey string, nam
 // NoMemory are the options of a replica that remembers nothing.
 func NoMemory() *apikey.CacheOptions { return &apikey.CacheOptions{MemoryEntries: -1} }
 
+// patience is how long a busy machine may take.
+const patience = 30 * time.Second
+
 // WaitFor waits for what happens in the background.
 func WaitFor(t testing.TB, condition func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("waited in vain")
 		}
