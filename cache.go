@@ -104,7 +104,8 @@ type CacheOptions struct {
 
 	// Logger is told when announcements are not heard and when they are again, and when
 	// Redis or a store is not asked for a while since it fails, and when it is again; at
-	// level Debug, of each change that is announced.
+	// level Debug, of each change that is announced. While announcements are not heard it is
+	// reminded once a minute.
 	// Defaults to none.
 	Logger *slog.Logger
 }

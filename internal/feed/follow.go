@@ -16,6 +16,7 @@ const (
 	minBackoff    = 500 * time.Millisecond // a fleet that reconnects at once is spread over this
 	maxBackoff    = 5 * time.Second
 	poolerBackoff = 2 * time.Minute
+	remindEvery   = time.Minute // the logger, of what has been told before
 )
 
 // Follow fills log with what is announced on Channel until ctx ends. It listens on a
@@ -24,7 +25,7 @@ const (
 func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	defer log.asked.Store(0)
 	backoff := minBackoff
-	var told string
+	var told time.Time // when the logger was
 	for {
 		err := guarded(func() error {
 			s, err := connect(ctx, pool, log)
@@ -40,8 +41,8 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 		if ctx.Err() != nil {
 			return
 		}
-		if renewed || err.Error() != told {
-			told = err.Error()
+		if renewed || told.IsZero() || time.Since(told) >= remindEvery {
+			told = time.Now()
 			log.logger.Warn("apikey: changes are not heard, so that they are noticed within MaxStaleness only", "error", err)
 		}
 		wait := rand.N(backoff)
