@@ -1,9 +1,8 @@
 package apikey
 
-// The read-through cache: memory -> Redis -> store, as users see it. What it knows of keys
-// and plans is facts.go. How a lookup goes and when its answer may be used is
-// internal/readthrough; what has changed is internal/feed; what is in Redis is
-// internal/shared.
+// The read-through cache: memory -> Redis -> store. This file has its options, statistics
+// and wiring. facts.go describes keys and plans to it. internal/readthrough looks up and
+// decides what may be used, internal/feed hears of changes, internal/shared talks to Redis.
 
 import (
 	"cmp"
@@ -32,81 +31,75 @@ import (
 
 const (
 	minStaleness = 100 * time.Millisecond
-	absentKeys   = 1024 // held, so that a flood of made-up keys takes no memory
+	absentKeys   = 1024 // in memory at most, so that made-up keys do not fill it
 
-	// A refusal needs better facts than an admission: a customer who has just paid
-	// tries again at once.
+	// Facts that refuse are read again sooner than facts that admit, since a customer who
+	// has just paid tries again at once.
 	refusalStaleness = time.Second
 )
 
 // CacheOptions are the optional parts of a [Cache].
 type CacheOptions struct {
-	// MaxStaleness bounds how long a change can go unnoticed when its announcement
-	// cannot be received: the age up to which facts then admit a request without
-	// being read again. Facts that refuse one are read again after one second
-	// already. At least 100 ms. Defaults to 10 s.
+	// MaxStaleness is how long a change may go unnoticed while announcements cannot be
+	// heard. Facts older than this are then read again before they admit a request. Facts
+	// that refuse one are read again after a second. At least 100 ms. Defaults to 10 s.
 	MaxStaleness time.Duration
 
-	// RefreshAfter is the age at which facts are read again although no change of
-	// them was announced, and so bounds how long a change goes unnoticed that no
-	// trigger announces. At least MaxStaleness. Defaults to 5 min, or MaxStaleness if
-	// that is more.
+	// RefreshAfter is how long a change may go unnoticed that is never announced, as when
+	// triggers are disabled. Facts older than this are always read again. At least
+	// MaxStaleness. Defaults to 5 min, or MaxStaleness if that is longer.
 	RefreshAfter time.Duration
 
-	// StaleIfError is the age up to which facts still admit a request while the store
-	// cannot be read (RFC 5861, section 4), unless a change of them was announced.
-	// Such facts never refuse: what they would refuse is [ErrUnavailable]. It is also
-	// the time to live of records in Redis. At least MaxStaleness. Defaults to 15 min,
-	// or RefreshAfter if that is more.
+	// StaleIfError is how long known good keys are admitted while the store cannot be read
+	// (RFC 5861, section 4), unless a change was announced. Facts that are out of date
+	// never refuse a request: it is answered with [ErrUnavailable]. StaleIfError is also
+	// the time to live of records in Redis. At least MaxStaleness. Defaults to 15 min, or
+	// RefreshAfter if that is longer.
 	StaleIfError time.Duration
 
-	// Namespace is part of the names of the records in Redis, which begin with
-	// apikey:3: and the namespace. Caches share records if their namespaces and their
-	// secrets are the same. Records of [PostgresKeyStore] and [PostgresPlanStore] also tell
-	// which database, and which tables there, they are of; of other stores two that hold
-	// different keys or plans must not share. Up to 64 of the characters A-Z a-z 0-9 - _ .
-	// Defaults to none.
+	// Namespace is part of the names of records in Redis: apikey:3:namespace:... Caches with
+	// the same namespace and secret share records. Records of the Postgres stores name their
+	// database and tables, and are used for these only. If you use stores of your own, give
+	// each set of keys and plans its own namespace. Up to 64 of the characters
+	// A-Z a-z 0-9 - _ . Defaults to "".
 	Namespace string
 
-	// AcceptedSecrets are more secrets that records in Redis may be sealed under, so that
-	// the secret can be changed without emptying the cache: let all replicas accept the
-	// new one, then use it and accept the old one, and drop that after StaleIfError. At
-	// least 32 bytes each. Defaults to none.
+	// AcceptedSecrets are further secrets under which records in Redis are accepted. They
+	// let you change the secret without emptying the cache: first let all replicas accept
+	// the new secret, then let them use it and accept the old one, and drop the old one
+	// after StaleIfError. At least 32 bytes each. Defaults to none.
 	AcceptedSecrets [][]byte
 
-	// MemoryEntries is the number of keys that are held in the process, each with its
-	// plan. A key takes about 430 bytes, from its first use on; when there are too
-	// many, one goes that was not used lately. Negative turns the layer off. Defaults
-	// to 131,072.
+	// MemoryEntries is the number of keys that the process keeps in memory, each with its
+	// plan, in about 430 bytes. Memory grows as keys are used; when it is full, keys that
+	// were not used lately make room. If negative, nothing is kept. Defaults to 131,072.
 	MemoryEntries int
 
-	// RedisTimeout is the time that Redis has to answer; then the store is asked.
+	// RedisTimeout is how long a request waits for Redis before the store is asked.
 	// Defaults to 50 ms.
 	RedisTimeout time.Duration
 
-	// StoreTimeout is the time that a request waits for the store, in the queue and
-	// for the answer; then it is [ErrUnavailable]. Defaults to 500 ms.
+	// StoreTimeout is how long a request waits for the store, including the time in the
+	// queue, before it is answered with [ErrUnavailable]. Defaults to 500 ms.
 	StoreTimeout time.Duration
 
-	// MaxBatches is the number of batches of lookups that a store is asked for at
-	// once, and so of the connections that they take; further lookups wait, and go out
-	// together. A store that cannot batch is asked for four times as many keys at once.
-	// Redis is asked for as many batches. Defaults to 4.
+	// MaxBatches is the number of batches that a store looks up at the same time, and so
+	// the number of connections in use. Further lookups wait and form the next batches. A
+	// store that cannot look up batches is asked for four times as many single keys. The
+	// number for Redis is the same. Defaults to 4.
 	MaxBatches int
 
-	// MaxBatchSize is the number of subjects in one batch. Defaults to 256.
+	// MaxBatchSize is the number of keys or plans in a batch. Defaults to 256.
 	MaxBatchSize int
 
-	// MaxQueue is the number of lookups that may wait for each store: one half are
-	// for subjects that are known to exist, one half for others. A lookup that finds
-	// its half full is [ErrUnavailable] at once. Defaults to 8192.
+	// MaxQueue is the number of lookups that may wait for each store: half of them for keys
+	// and plans that are known to exist, half for others. If its half is full, a request is
+	// answered with [ErrUnavailable] at once. Defaults to 8192.
 	MaxQueue int
 
-	// Logger is told when announcements are not heard and when they are again, and when
-	// Redis or a store is not asked for a while since it fails, and when it is again; at
-	// level Debug, of each change that is announced. While announcements are not heard it is
-	// reminded once a minute.
-	// Defaults to none.
+	// Logger logs when announcements are no longer heard (and again every minute), when
+	// Redis or a store is not used for a while because it fails, and when each is back. At
+	// level Debug it logs every change that is announced. Defaults to nil: nothing is logged.
 	Logger *slog.Logger
 }
 
@@ -156,46 +149,46 @@ func (o CacheOptions) check() string {
 	return ""
 }
 
-// CacheStats counts what a [Cache] has done since it was made. Memory hits are
-// not among it: a counter that all cores share would cost more than the hit.
+// CacheStats are the counters of a [Cache] since it was made. Memory hits are not counted:
+// a counter that all cores share would cost more than the hit.
 type CacheStats struct {
-	RedisHits      uint64 // answered by a record in Redis
-	RedisMisses    uint64 // no record in Redis that may be used, or none could be had
-	RedisRejected  uint64 // of the misses: the value was not sealed by us for its name
-	RedisErrors    uint64 // GET or SET failed or took longer than RedisTimeout
-	RedisSkipped   uint64 // GET or SET not sent, since Redis had failed several times in a row, or too many SETs waited
-	RedisGets      uint64 // GETs that were sent
-	RedisBatches   uint64 // round trips that they took
-	StoreReads     uint64 // subjects that stores were asked for
-	StoreBatches   uint64 // round trips that they took
-	StoreErrors    uint64 // lookups that failed, or took longer than StoreTimeout
-	StoreSkipped   uint64 // lookups not made, since the store had failed several times in a row
-	QueueFull      uint64 // lookups not made, since MaxQueue others waited: for the store, or of Redis, which then counts as a miss
-	QueueTimeouts  uint64 // lookups that waited for longer than their timeout while others were answered
-	StoreBusy      uint64 // lookups for which all connections of the pool were in use
-	StoreAbandoned uint64 // lookups under way in stores that have not returned although their time is over
-	StaleUses      uint64 // admitted on facts past their time, since the store could not be read
+	RedisHits      uint64 // records from Redis that were used
+	RedisMisses    uint64 // lookups for which Redis had no record that could be used
+	RedisRejected  uint64 // of the misses, records that no replica with this secret has written under this name
+	RedisErrors    uint64 // GETs and SETs that failed or took longer than RedisTimeout
+	RedisSkipped   uint64 // GETs and SETs not sent, because Redis failed several times in a row or too many SETs waited
+	RedisGets      uint64 // GETs sent
+	RedisBatches   uint64 // round trips of these GETs
+	StoreReads     uint64 // keys and plans that were read from stores
+	StoreBatches   uint64 // round trips of these reads
+	StoreErrors    uint64 // lookups that failed or took longer than StoreTimeout
+	StoreSkipped   uint64 // lookups not made, because the store failed several times in a row
+	QueueFull      uint64 // lookups not made, because MaxQueue others waited (for Redis: a miss)
+	QueueTimeouts  uint64 // lookups that waited in the queue until their time was over
+	StoreBusy      uint64 // lookups that found all connections of the pool in use
+	StoreAbandoned uint64 // lookups that stores have not returned from although their time is over; not a counter
+	StaleUses      uint64 // lookups answered with facts that are out of date, because the store could not be read
 
-	RedisErr error // why Redis did not answer when it was last asked; nil if it did
+	RedisErr error // why the last command to Redis failed; nil if it did not
 
-	StandbyReads uint64 // of the StoreReads, those that a standby answered: these facts are used by their age only
+	StandbyReads uint64 // of the StoreReads, those from a standby; they are used for MaxStaleness only
 
-	FeedLive      bool   // announcements are known to arrive; false until Watch is under way
-	FeedErr       error  // why the last session of Watch ended, or none began; nil if none was tried
-	Announcements uint64 // changes that were announced
-	Unannounced   uint64 // changes that were found when facts were read again, and had not been: look at the triggers
-	Forged        uint64 // announcements of transactions that the server had not reached: somebody makes them up
+	FeedLive      bool   // announcements are known to arrive; false until Watch runs
+	FeedErr       error  // why the last session of Watch ended or could not begin; nil if none did
+	Announcements uint64 // changes announced
+	Unannounced   uint64 // changes found by reading that were never announced: check the triggers
+	Forged        uint64 // announcements of transactions that do not exist: somebody sends NOTIFY by hand
 }
 
-// A Cache remembers what the stores behind it answered, in this process and in
-// Redis. It is safe for concurrent use.
+// A Cache keeps what stores return, in this process and in Redis. It is safe for
+// concurrent use.
 //
-// Redis is not trusted and cannot fail a request: what is slow, missing or not
-// sealed under the secret is a miss. Absent keys and plans are held in the
-// process only, and errors nowhere.
+// Redis is not trusted, and cannot make a request fail: a record that is slow, missing or
+// not sealed under the secret is a miss. That a key or plan does not exist is kept in the
+// process only. Errors are not kept.
 //
-// What is not in memory is looked up in batches that load makes larger. A lookup
-// sees none of the values of a request's context, since it may serve many requests.
+// Lookups are sent in batches, which are larger under load. Since a lookup may serve many
+// requests, it does not see the values of their contexts.
 type Cache struct {
 	shared   readthrough.Shared
 	rdb      redis.UniversalClient
@@ -204,13 +197,13 @@ type Cache struct {
 	plans    *readthrough.Layer[string, Plan]
 }
 
-// NewCache returns a Cache on rdb, which the caller closes. All replicas share one secret
-// of at least 32 random bytes. A new secret empties the cache, unless it is changed as
-// AcceptedSecrets says. The client must have ContextTimeoutEnabled set. opts may be nil.
-// NewCache panics if one of these is not so.
+// NewCache returns a Cache that uses rdb, which the caller closes later. The options of rdb
+// must have ContextTimeoutEnabled set. secret is at least 32 random bytes, the same for all
+// replicas; AcceptedSecrets says how to change it. opts may be nil. NewCache panics if an
+// argument is invalid.
 //
-// Keep the clocks of all machines in step (NTP): the age of a record that another replica
-// read depends on both.
+// Keep the clocks of all machines synchronised (NTP): they tell the age of records that
+// other replicas have written.
 func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cache {
 	o := opts.withDefaults()
 	switch {
@@ -271,8 +264,8 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	return c
 }
 
-// honoursContext reports whether a deadline ends a command of rdb. Of clients of other
-// types it is assumed.
+// honoursContext reports whether rdb gives up when a context ends. For unknown types of
+// clients it returns true.
 func honoursContext(rdb redis.UniversalClient) bool {
 	switch client := rdb.(type) {
 	case *redis.Client:
@@ -285,9 +278,10 @@ func honoursContext(rdb redis.UniversalClient) bool {
 	return true
 }
 
-// Ready waits until announcements have been heard for the first time, and then returns nil.
-// If ctx ends before, it returns the cause, and the fault of [Cache.Watch] if there was one.
-// A service may use the cache before, at the price of more lookups.
+// Ready waits until announcements are known to arrive, which takes some hundred milliseconds
+// after [Cache.Watch] was called. If ctx ends first, it returns an error with the cause and
+// the last fault of Watch. The cache can be used earlier; it then reads from the store more
+// often.
 func (c *Cache) Ready(ctx context.Context) error {
 	select {
 	case <-c.shared.Log.WentLive():
@@ -297,7 +291,7 @@ func (c *Cache) Ready(ctx context.Context) error {
 	}
 }
 
-// Stats returns the counters as they are now.
+// Stats returns the current counters.
 func (c *Cache) Stats() CacheStats {
 	r, s := c.shared.Redis.Stats(), &c.shared.Stats
 	return CacheStats{
@@ -327,17 +321,16 @@ func (c *Cache) Stats() CacheStats {
 	}
 }
 
-// Watch follows the changes that the triggers of the migrations announce, until
-// ctx ends; then it returns nil. While it does, a change takes effect as soon as
-// it is announced, and facts are used for up to RefreshAfter. Otherwise, and
-// while it cannot, MaxStaleness is the bound. Faults do not end it: it tries
-// again, and [Cache.Stats] tells.
+// Watch listens for changes until ctx ends, and then returns nil. While it listens, a
+// change takes effect as soon as it is announced, and unchanged facts are used for up to
+// RefreshAfter. While it cannot listen, it tries again, and facts are used for MaxStaleness;
+// [Cache.Stats] tells. Watch returns an error only if pool is nil or the Cache is being
+// watched already.
 //
-// The pool must lead to the server and database that the stores read from, the primary,
-// and not through a pooler such as PgBouncer. Watch makes a connection of its own, with
-// the settings of the pool and its BeforeConnect, but without its other hooks. Now and
-// then it asks the pool which server it leads to. It is an error to watch twice at a
-// time.
+// pool must lead to the primary that the stores read from, without a pooler such as
+// PgBouncer in between. Watch opens a connection of its own with the settings of the pool
+// and its BeforeConnect, but without its other hooks. Now and then it asks through the pool
+// which server that leads to.
 func (c *Cache) Watch(ctx context.Context, pool *pgxpool.Pool) error {
 	if pool == nil {
 		return errors.New("apikey: Cache.Watch: pool is nil: pass the pool that the stores read from")

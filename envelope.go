@@ -1,7 +1,7 @@
 package apikey
 
-// The error values, and the one place that writes them. The texts are a contract
-// with customers' programs: they change in a new version of the API, or not at all.
+// The errors, and the one place that writes them. Customers' programs depend on the texts:
+// they do not change within a version of the API.
 
 import (
 	"bytes"
@@ -13,9 +13,9 @@ import (
 	"strconv"
 )
 
-// An Error is an answer to the customer, in the envelope that all errors of the
-// API share. Services may declare their own and answer with [WriteError].
-// Errors are matched by Code:
+// An Error is an error response of the API. All of them share one JSON envelope. Services
+// may declare errors of their own and send them with [WriteError]. Errors with the same
+// Code match:
 //
 //	errors.Is(err, apikey.ErrPlanExpired)
 type Error struct {
@@ -34,14 +34,14 @@ func (e *Error) Is(target error) bool {
 	return ok && t != nil && t.Code == e.Code
 }
 
-// The refusals of [Middleware]. They must not be modified.
+// The errors of [Middleware]. They must not be modified.
 var (
-	// ErrAuthorizationHeaderMissing: the request has no Authorization field.
+	// ErrAuthorizationHeaderMissing: the request has no Authorization header.
 	ErrAuthorizationHeaderMissing = &Error{
 		StatusCode: http.StatusUnauthorized, StatusMessage: "Authentication token header is missing",
 		Message: "Authorization header is missing", Code: "AUTHORIZATION_HEADER_MISSING",
 	}
-	// ErrInvalidAPIKeySchema: the Authorization field is not of the Bearer scheme.
+	// ErrInvalidAPIKeySchema: the scheme of the Authorization header is not Bearer.
 	ErrInvalidAPIKeySchema = &Error{
 		StatusCode: http.StatusUnauthorized, StatusMessage: "Invalid authentication token schema",
 		Message: "Authorization header must start with 'Bearer'", Code: "INVALID_API_KEY_SCHEMA",
@@ -51,34 +51,34 @@ var (
 		StatusCode: http.StatusUnauthorized, StatusMessage: "Authentication token is missing",
 		Message: "API key value is missing", Code: "API_KEY_MISSING",
 	}
-	// ErrInvalidAPIKey: the key is malformed, unknown, deactivated, deleted or
-	// expired. Which of these is not told.
+	// ErrInvalidAPIKey: the key is malformed, unknown, deactivated, deleted or expired. The
+	// response does not say which.
 	ErrInvalidAPIKey = &Error{
 		StatusCode: http.StatusUnauthorized, StatusMessage: "Authentication failed",
 		Message: "Provided API key is invalid or inactive", Code: "INVALID_API_KEY",
 	}
-	// ErrPlanExpired: the key is live, but the organisation's plan does not pass
+	// ErrPlanExpired: the key is live, but the plan of its organisation does not pass
 	// [Plan.AllowsAPI].
 	ErrPlanExpired = &Error{
 		StatusCode: http.StatusUnauthorized, StatusMessage: "Upgrade required",
 		Message: "Upgrade required to use Trackpilots APIs", Code: "PLAN_EXPIRED",
 	}
-	// ErrUnavailable: whether the key is good could not be found out. It says
-	// nothing about the key; clients should try again.
+	// ErrUnavailable: the key or the plan could not be looked up. This says nothing about
+	// the key; clients should try again.
 	ErrUnavailable = &Error{
 		StatusCode: http.StatusServiceUnavailable, StatusMessage: "Service unavailable",
 		Message: "Authentication is temporarily unavailable", Code: "SERVICE_UNAVAILABLE",
 	}
 )
 
-// errInternal stands in for errors that have no envelope of their own. Their
-// texts are for the log and never reach the customer.
+// errInternal is sent in place of errors that are not an *Error. Their texts may be
+// confidential.
 var errInternal = &Error{
 	StatusCode: http.StatusInternalServerError, StatusMessage: "Internal server error",
 	Message: "An unexpected error occurred", Code: "INTERNAL_SERVER_ERROR",
 }
 
-// bodies holds the replies that never change.
+// bodies holds the bodies of the errors above.
 var bodies = map[*Error]string{}
 
 func init() {
@@ -113,14 +113,14 @@ func (e *Error) body() string {
 	return string(bytes.TrimSuffix(b.Bytes(), []byte("\n")))
 }
 
-// WriteError answers r with the envelope of the [*Error] that err is or wraps.
-// Any other error, nil, and a StatusCode that is no error status are answered
-// with status 500 and a fixed text: err itself is never shown.
+// WriteError answers r with the envelope of the [*Error] that err is or wraps. If err is
+// nil or another error, or the StatusCode is not 400 to 599, it answers status 500 with a
+// fixed text, and does not show err.
 //
-// Headers that describe some other body (ETag, Last-Modified) are removed.
-// Content-Encoding stays: a compressor outside has set it for what it is about to do
-// (https://go.dev/issue/66343). A 401 carries the challenge of RFC 6750, section 3, in
-// the realm of the Middleware that r passed, or "api".
+// It removes headers that describe another body (ETag, Last-Modified). It keeps
+// Content-Encoding, which a compressor outside sets before it compresses
+// (https://go.dev/issue/66343). A 401 carries the challenge of RFC 6750, section 3, with
+// the realm of the Middleware, or "api".
 func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 	e, ok := errors.AsType[*Error](err)
 	if !ok || e == nil || e.StatusCode < 400 || e.StatusCode > 599 {
@@ -136,7 +136,7 @@ func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 		h.Del(name)
 	}
 	h.Set("Content-Type", "application/json; charset=utf-8")
-	if h.Get("Content-Encoding") == "" { // else it is not for us to know
+	if h.Get("Content-Encoding") == "" { // else a compressor changes the length
 		h.Set("Content-Length", strconv.Itoa(len(body)))
 	}
 	h.Set("Cache-Control", "no-store")
@@ -149,11 +149,11 @@ func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 		h.Set("Retry-After", "1")
 	}
 	w.WriteHeader(e.StatusCode)
-	_, _ = io.WriteString(w, body) // a server leaves it out for HEAD; a client that has gone needs no answer
+	_, _ = io.WriteString(w, body) // net/http drops it for HEAD; if the client has gone there is nothing to do
 }
 
-// challenge is the WWW-Authenticate value of a 401. RFC 6750, section 3.1, has
-// no code for a missing or foreign scheme, nor for an unpaid plan.
+// challenge returns the WWW-Authenticate value of a 401. RFC 6750, section 3.1, has no
+// error code for a missing header, another scheme, or an expired plan.
 func challenge(e *Error, realm string) string {
 	c := `Bearer realm="` + realm + `"`
 	switch e.Code {

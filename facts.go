@@ -1,7 +1,7 @@
 package apikey
 
-// What the cache knows of keys and plans: how they are read, kept, judged, and written to
-// Redis.
+// Keys and plans as the cache sees them: how they are read from stores, kept in memory, and
+// encoded for Redis.
 
 import (
 	"context"
@@ -17,19 +17,19 @@ import (
 	"github.com/trackpilots/apikey/internal/sealed"
 )
 
-// keyFacts are what the cache knows of a key: the key, when its use was last
-// recorded, and the record of its organisation's plan, so that a request finds both
-// by one look. The plan's record goes its own way: it is judged by itself, and
-// replaced when it is read again.
+// keyFacts are what the cache keeps for a key: the key, when its use was last recorded, and
+// the record of its organisation's plan, so that a request finds both with one lookup in
+// memory. Whether the plan may be used is decided separately; when it is read again, the
+// new record takes its place here.
 type keyFacts struct {
 	Key
 	plan atomic.Pointer[readthrough.Record[Plan]] // nil: not known
 	used lastused.Mark
 }
 
-// sources returns the stores behind the cache. A lookup of a key reads the plan of its
-// organisation too, if both stores are ours and on one DB. All others are asked
-// separately: a plan never comes from tables that they do not read.
+// sources returns the two stores with the cache in front. If both are Postgres stores on
+// the same DB, a lookup of a key reads its plan, too. Otherwise plans are read from the plan
+// store alone: the key store may not use the same tables.
 func (c *Cache) sources(keys KeyStore, plans PlanStore) (cachedKeys, cachedPlans) {
 	k := cachedKeys{c.keys, readthrough.NewStore(c.keys, keyReader(keys))}
 	if ours, ok := keys.(*PostgresKeyStore); ok {
@@ -44,7 +44,7 @@ func sameDB(a, b DB) bool {
 	return reflect.TypeOf(a) == reflect.TypeOf(b) && reflect.TypeOf(a).Comparable() && a == b
 }
 
-// cachedKeys is a key store behind a cache.
+// cachedKeys is a key store with the cache in front.
 type cachedKeys struct {
 	layer *readthrough.Layer[KeyHash, keyFacts]
 	store *readthrough.Store[KeyHash, keyFacts]
@@ -59,8 +59,8 @@ func (k cachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[k
 	return rec, Source(source), err
 }
 
-// cachedPlans is a plan store behind the same cache: the record of a key leads to that of
-// its plan.
+// cachedPlans is a plan store with the cache in front. It looks at the plan in the record of
+// the key first.
 type cachedPlans struct {
 	layer *readthrough.Layer[string, Plan]
 	store *readthrough.Store[string, Plan]
@@ -70,7 +70,7 @@ func (p cachedPlans) recall(key *keyFacts, now clock.Instant) *readthrough.Recor
 	if rec := key.plan.Load(); rec != nil && p.layer.Usable(key.OrgID, rec, now) {
 		return rec
 	}
-	rec := p.layer.Recall(key.OrgID, now) // another key of the organisation may have read it again
+	rec := p.layer.Recall(key.OrgID, now) // it may have been read again for another key
 	if rec != nil {
 		key.plan.Store(rec)
 	}
@@ -85,13 +85,13 @@ func (p cachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.Rec
 	return rec, Source(source), err
 }
 
-// keyReader reads keys, and no plans.
+// keyReader reads keys without plans.
 func keyReader(next KeyStore) readthrough.Reader[KeyHash, keyFacts, Key] {
 	r := readthrough.Reader[KeyHash, keyFacts, Key]{
 		Name:  "keys",
 		One:   one(next.Key),
 		Fill:  func(rec *readthrough.Record[keyFacts], k Key) { rec.Value.Key = compactKey(k) },
-		Adopt: func(rec *readthrough.Record[keyFacts]) { rec.Value.plan.Store(nil) }, // it may be from other tables
+		Adopt: func(rec *readthrough.Record[keyFacts]) { rec.Value.plan.Store(nil) }, // a replica with another plan store may have written it
 	}
 	if batch, ok := next.(BatchKeyStore); ok {
 		r.Many = batch.Keys
@@ -100,7 +100,7 @@ func keyReader(next KeyStore) readthrough.Reader[KeyHash, keyFacts, Key] {
 	return r
 }
 
-// joinedReader reads keys and their plans.
+// joinedReader reads keys with their plans.
 func (c *Cache) joinedReader(next *PostgresKeyStore) readthrough.Reader[KeyHash, keyFacts, keyAndPlan] {
 	return readthrough.Reader[KeyHash, keyFacts, keyAndPlan]{
 		Name: "keys",
@@ -130,7 +130,7 @@ func planReader(next PlanStore) readthrough.Reader[string, Plan, Plan] {
 	return r
 }
 
-// one is the method of a store, with ErrNotFound as a value.
+// one turns ErrNotFound of a store's method into a bool.
 func one[S, F any](look func(context.Context, S) (F, error)) func(context.Context, S) (F, bool, error) {
 	return func(ctx context.Context, subject S) (F, bool, error) {
 		fact, err := look(ctx, subject)
@@ -141,14 +141,15 @@ func one[S, F any](look func(context.Context, S) (F, error)) func(context.Contex
 	}
 }
 
-// compactKey returns k in less memory.
+// compactKey returns k with both ids in one allocation, to save memory.
 func compactKey(k Key) Key {
-	ids := k.ID + k.OrgID // one allocation for both
+	ids := k.ID + k.OrgID
 	k.ID, k.OrgID = ids[:len(k.ID)], ids[len(k.ID):]
 	return k
 }
 
-// compactPlan returns p in less memory: there are few tiers and statuses.
+// compactPlan returns p with shared strings, to save memory: there are few tiers and
+// statuses.
 func compactPlan(p Plan) Plan {
 	p.Name = unique.Make(p.Name).Value()
 	if i := slices.Index(planStatuses, p.Status); i >= 0 {
@@ -157,8 +158,8 @@ func compactPlan(p Plan) Plan {
 	return p
 }
 
-// The form of keys and plans in Redis. A key's record holds the facts of its plan if
-// they were read together and there is a plan.
+// The encoding of keys and plans for Redis. The record of a key includes the plan if it was
+// read with the key and exists.
 
 func appendKey(b []byte, k *keyFacts) []byte {
 	b = sealed.AppendString(b, k.ID)

@@ -1,6 +1,6 @@
 package apikey
 
-// What Redis holds, for those who look why a key is refused.
+// Reading records in Redis as they are, to explain why a key is refused.
 
 import (
 	"context"
@@ -12,20 +12,20 @@ import (
 	"github.com/trackpilots/apikey/internal/shared"
 )
 
-// A CachedRecord is the record of a key or a plan in Redis, for tools that explain
-// decisions.
+// A CachedRecord is the record of a key or a plan in Redis. It is for tools such as the
+// command's explain.
 type CachedRecord[V Key | Plan] struct {
-	Name     string    // in Redis
-	Found    bool      // false: Redis holds none, and all below is zero
-	Rejected bool      // it is not sealed by us for its name, and all below is zero
-	Value    V         // what it says
-	ReadAt   time.Time // when the store was read
-	Snapshot string    // the pg_snapshot that it was read in; "" if the store does not stamp
-	Plan     *Plan     // of a key: its organisation's plan, if the record has that too; else nil
+	Name     string    // its name in Redis
+	Found    bool      // if false, the fields below are zero
+	Rejected bool      // if true, it is not sealed under the secret, and the fields below are zero
+	Value    V         // the key or plan
+	ReadAt   time.Time // when it was read from the store
+	Snapshot string    // the pg_snapshot that it was read in; "" for stores that do not tell
+	Plan     *Plan     // the plan in the record of a key; nil if there is none
 }
 
-// InspectKey returns the record of a key in Redis, also one that may not be used. The
-// error is that Redis could not be read.
+// InspectKey returns the record of a key in Redis, even if the cache would not use it. An
+// error means that Redis could not be read.
 func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], error) {
 	name, rec, err := c.keys.Inspect(h)
 	r, err := inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
@@ -37,8 +37,7 @@ func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], err
 	return r, err
 }
 
-// InspectPlan returns the record of an organisation's plan in Redis, as
-// [Cache.InspectKey] does.
+// InspectPlan is like [Cache.InspectKey] for the plan of an organisation.
 func (c *Cache) InspectPlan(_ context.Context, orgID string) (CachedRecord[Plan], error) {
 	name, rec, err := c.plans.Inspect(orgID)
 	return inspected(name, rec, err, func(p *Plan) Plan { return *p })

@@ -1,7 +1,7 @@
 package apikey
 
-// Looking a key up: KeyHash, Key, KeyStore, and the Postgres key store. A key's plaintext
-// ends at HashKey; nothing here stores or logs it.
+// Looking up a key: KeyHash, Key, KeyStore, and the Postgres key store. No key goes past
+// HashKey in plain text.
 
 import (
 	"context"
@@ -21,26 +21,26 @@ import (
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
-// ErrNotFound is a store's answer "looked, and it is not there". Stores may
-// wrap it.
+// ErrNotFound is what a store returns if it was read and holds no such key or plan. Stores
+// may wrap it.
 var ErrNotFound = errors.New("apikey: not found")
 
-// A KeyHash is the SHA-256 of a key, the only form in which keys are stored and
-// looked up. Keys are long and random, so a fast hash without salt is enough.
+// A KeyHash is the SHA-256 hash of a key. Keys are stored and looked up in this form only.
+// They are long and random, so a fast hash without salt is enough.
 type KeyHash [sha256.Size]byte
 
-// HashKey returns the hash of a key as the client sends it.
+// HashKey returns the hash of a key as clients send it.
 func HashKey(key string) KeyHash {
 	var buf [64]byte // a conversion would allocate
 	return sha256.Sum256(append(buf[:0], key...))
 }
 
-// A Key is what is known of an API key. The key itself is not part of it.
+// A Key is what a store knows about an API key, without the key itself.
 type Key struct {
-	ID        string    // names the key in logs and dashboards
-	OrgID     string    // the organisation it belongs to; never empty
+	ID        string    // identifies the key in logs and dashboards; not secret
+	OrgID     string    // its organisation; never empty
 	Active    bool      // false: deactivated
-	ExpiresAt time.Time // the first instant at which it is dead; zero: never
+	ExpiresAt time.Time // from then on it is refused; zero: never
 }
 
 func (k Key) equal(other Key) bool {
@@ -54,47 +54,48 @@ func (k Key) Live(now time.Time) bool {
 	return k.Active && (k.ExpiresAt.IsZero() || now.Before(k.ExpiresAt))
 }
 
-// A KeyStore finds a key by its hash. It must be safe for concurrent use and
-// honour ctx. It answers with facts: a deactivated or expired key is found.
+// A KeyStore looks up keys by their hash. It must be safe for concurrent use and must
+// return when ctx ends. It returns deactivated and expired keys, too: the middleware
+// decides.
 //
-// ErrNotFound, or an error that wraps it, means "looked, and it is not there"
-// and refuses the key with [ErrInvalidAPIKey]. Every other error means "could
-// not look" and is answered with [ErrUnavailable].
+// [ErrNotFound], or an error that wraps it, means that there is no such key: the request
+// is refused with [ErrInvalidAPIKey]. Every other error means that the store could not be
+// read: the request is answered with [ErrUnavailable].
 type KeyStore interface {
 	Key(ctx context.Context, h KeyHash) (Key, error)
 }
 
-// A BatchKeyStore is a KeyStore that finds many keys at once. A [Cache] asks it for
-// all that are asked for at the same time: by Keys, and never by Key. So a type that
-// embeds one, and has a Key of its own, needs a Keys of its own too.
+// A BatchKeyStore is a KeyStore that can look up many keys at once. A [Cache] calls Keys
+// and never Key, so a type that embeds a BatchKeyStore and overrides Key must override
+// Keys, too.
 type BatchKeyStore interface {
 	KeyStore
 
-	// Keys returns those of the keys that are there, by their hashes; the others are
-	// "looked, and it is not there". The error means "could not look" for all of them.
+	// Keys returns the keys that exist, by hash. A hash without an entry means that there
+	// is no such key. An error means that the store could not be read.
 	Keys(ctx context.Context, hashes []KeyHash) (map[KeyHash]Key, error)
 }
 
-// A KeyStoreFunc is a function that is a KeyStore.
+// KeyStoreFunc lets a function be a [KeyStore].
 type KeyStoreFunc func(ctx context.Context, h KeyHash) (Key, error)
 
 // Key calls f.
 func (f KeyStoreFunc) Key(ctx context.Context, h KeyHash) (Key, error) { return f(ctx, h) }
 
-// A DB is where the Postgres stores read and write: a *pgxpool.Pool, a *pgx.Conn
-// or a pgx.Tx. Only a pool is safe for concurrent use. For lookups it must lead to
-// the primary: a standby lags, and its snapshots leave out running transactions.
+// A DB is a *pgxpool.Pool, a *pgx.Conn or a pgx.Tx. Only a pool is safe for concurrent
+// use. For lookups it must lead to the primary: a standby lags behind, and what it returns
+// is used for MaxStaleness only.
 type DB interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
-// A PostgresKeyStore is a KeyStore on the table api_keys of the migrations. It is safe for
-// concurrent use if its DB is. Keys are made and looked after by package admin.
+// A PostgresKeyStore is a [BatchKeyStore] that reads the table api_keys of the migrations.
+// It is safe for concurrent use if its DB is. Package admin writes that table.
 type PostgresKeyStore struct{ db pg.OneTrip }
 
-// NewPostgresKeyStore returns the key store on db. It panics if db is nil.
+// NewPostgresKeyStore returns a key store that reads from db. It panics if db is nil.
 func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	if pg.IsNil(db) {
 		panic("apikey: NewPostgresKeyStore: db is nil: pass a *pgxpool.Pool")
@@ -102,17 +103,17 @@ func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	return &PostgresKeyStore{pg.OneTrip{DB: db}}
 }
 
-// stampSQL are the first columns of a lookup: the snapshot that it runs in, the server,
-// which tables these are, and the process that answers.
+// stampSQL are the first columns of a lookup: the snapshot, the server, the identity of
+// the tables, and the process that answers.
 const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL + `, ` + feed.OriginSQL + `, pg_catalog.pg_backend_pid()`
 
-// A lookupSQL is a statement that looks subjects up. It begins with stampSQL, and has a
-// row even if nothing is found, so that "absent" has a stamp too.
+// A lookupSQL is a statement that looks up one subject or many. It begins with stampSQL,
+// and returns a row even if nothing is found, so that "absent" has a stamp, too.
 type lookupSQL struct{ one, many string }
 
-// newLookupSQL returns a lookup with $1 for the subject or the array of subjects that
-// it looks for. A single subject is no array: Postgres would plan the statement anew
-// each time, since it takes every array for one of ten.
+// newLookupSQL returns the two forms of a statement in which $1 is the subject. A single
+// subject is not passed as an array: PostgreSQL assumes ten elements in any array, and
+// would plan the statement anew each time.
 func newLookupSQL(sql string) lookupSQL {
 	return lookupSQL{sql, strings.Replace(sql, "$1", "ANY($1)", 1)}
 }
@@ -131,7 +132,7 @@ LEFT JOIN api_keys k ON k.key_hash = $1
 LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = k.org_id`)
 )
 
-// Key returns the key with hash h, or ErrNotFound if api_keys has no such row.
+// Key implements [KeyStore].
 func (s *PostgresKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
 	keys, err := s.Keys(ctx, []KeyHash{h})
 	if err != nil {
@@ -144,7 +145,7 @@ func (s *PostgresKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
 	return key, nil
 }
 
-// Keys implements [BatchKeyStore], in one statement.
+// Keys implements [BatchKeyStore] with one statement.
 func (s *PostgresKeyStore) Keys(ctx context.Context, hashes []KeyHash) (map[KeyHash]Key, error) {
 	keys := make(map[KeyHash]Key, len(hashes))
 	var r keyRow
@@ -165,7 +166,7 @@ type keyAndPlan struct {
 	plan *Plan
 }
 
-// keysAndPlans is Keys, with the plans in the same statement.
+// keysAndPlans is Keys, and reads the plans with the same statement.
 func (s *PostgresKeyStore) keysAndPlans(ctx context.Context, hashes []KeyHash) (map[KeyHash]keyAndPlan, error) {
 	found := make(map[KeyHash]keyAndPlan, len(hashes))
 	var k keyRow
@@ -181,7 +182,7 @@ func (s *PostgresKeyStore) keysAndPlans(ctx context.Context, hashes []KeyHash) (
 	return found, nil
 }
 
-// A keyRow is what a lookup reads of api_keys; all NULL if there is no such row.
+// A keyRow holds the columns of api_keys in a lookup; all NULL if there is no such row.
 type keyRow struct {
 	hash      []byte
 	id, orgID *string
@@ -206,8 +207,8 @@ func byteSlices(hashes []KeyHash) [][]byte {
 	return slices
 }
 
-// lookUp looks subjects up, reports the snapshot, and calls each for every row. If the
-// pool has no connection free in time, the error is [readthrough.ErrBusy].
+// lookUp runs sql for the subjects, reports the stamp, and calls each for every row. If
+// the pool has no free connection in time, the error is [readthrough.ErrBusy].
 func lookUp[S any](ctx context.Context, on pg.OneTrip, sql lookupSQL, subjects []S, columns []any, each func()) error {
 	db := on.DB
 	var conn *pgx.Conn // nil: not known
@@ -259,18 +260,18 @@ func lookUp[S any](ctx context.Context, on pg.OneTrip, sql lookupSQL, subjects [
 	return nil
 }
 
-// directKey marks connections that lead to PostgreSQL itself.
+// directKey marks connections without a pooler in between.
 const directKey = "github.com/trackpilots/apikey: direct"
 
-// isDirect reports whether conn is known to lead to PostgreSQL itself, and not to a
-// pooler, which may run each statement on another connection, where it is not prepared.
-// The process that answered is the one that the connection was made to.
+// isDirect reports whether conn is known to lead to PostgreSQL itself: the process that
+// answers is the one that it was connected to. A pooler may run each statement on another
+// connection, where it is not prepared.
 func isDirect(conn *pgx.Conn) bool {
 	return conn != nil && conn.PgConn().CustomData()[directKey] != nil
 }
 
-// acquire takes a connection out of pool. If the server allows no more of them, it
-// waits for one of those that the pool has or is getting.
+// acquire takes a connection from pool. If the server refuses further connections, it
+// waits for one that the pool already has.
 func acquire(ctx context.Context, pool *pgxpool.Pool) (*pgxpool.Conn, error) {
 	limited := false
 	for tries := 0; ; tries++ {

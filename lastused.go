@@ -1,6 +1,6 @@
 package apikey
 
-// When keys were last used, written off the request path.
+// Recording when keys were last used, off the request path.
 
 import (
 	"cmp"
@@ -12,21 +12,20 @@ import (
 	"github.com/trackpilots/apikey/internal/pg"
 )
 
-// LastUsed records when keys were last used, in the table api_key_uses: in batches, off
-// the request path, to the interval or so. Give it to a [Middleware] by Options.LastUsed,
-// and run it. It is safe for concurrent use.
+// LastUsed records in the table api_key_uses when keys were last used, in batches and off
+// the request path. Set it as Options.LastUsed and call [LastUsed.Run]. It is safe for
+// concurrent use.
 //
-// Beside what reading keys takes, its role needs SELECT, INSERT and UPDATE on
-// api_key_uses.
+// Its role needs SELECT, INSERT and UPDATE on api_key_uses, and what reading keys needs.
 type LastUsed struct {
 	db       pg.OneTrip
 	interval time.Duration
 	uses     *lastused.Uses
 }
 
-// NewLastUsed returns a LastUsed that writes to db once in every interval, and records a
-// key at most that often, whichever replica it was used on; 0 is a minute. It panics if
-// db is nil or the interval negative.
+// NewLastUsed returns a LastUsed that writes to db once per interval. A key is written at
+// most once per interval, even if many replicas use it. An interval of 0 means a minute.
+// NewLastUsed panics if db is nil or interval is negative.
 func NewLastUsed(db DB, interval time.Duration) *LastUsed {
 	if pg.IsNil(db) {
 		panic("apikey: NewLastUsed: db is nil: pass a *pgxpool.Pool")
@@ -38,16 +37,16 @@ func NewLastUsed(db DB, interval time.Duration) *LastUsed {
 	return &LastUsed{pg.OneTrip{DB: db}, interval, lastused.New(interval)}
 }
 
-// Run writes until ctx ends, and then once more, for up to 5 s; it returns the error of
-// that last write. Wait for it before the program ends. Uses that cannot be written are
-// kept for the next time, as far as there is room for them: see [LastUsed.Dropped].
+// Run writes until ctx ends, then writes what is left, for up to 5 s, and returns the error
+// of that last write. Wait for it before the program exits. Uses that could not be written
+// are kept and written later, up to a limit: see [LastUsed.Dropped].
 func (u *LastUsed) Run(ctx context.Context) error { return u.uses.Run(ctx, u.write) }
 
-// Dropped returns how many uses were not recorded, because more than 65,536 keys waited.
+// Dropped returns the number of uses that were not recorded because 65,536 others waited.
 func (u *LastUsed) Dropped() uint64 { return u.uses.Dropped() }
 
-// write writes what no replica has written within the interval. All write in the order
-// of ids, so that they do not wait for each other in a circle.
+// write writes the uses of keys that no replica has written within the interval. All
+// replicas write in the order of ids, so that there is no deadlock.
 func (u *LastUsed) write(ctx context.Context, ids []string, times []time.Time) error {
 	var uuids []string // keys of other stores have other ids
 	var at []time.Time

@@ -8,27 +8,28 @@
 //	auth := apikey.New(keys, plans, &apikey.Options{Cache: cache})
 //	http.ListenAndServe(addr, auth.Handler(mux))
 //
-// A request passes three questions, in this order. Does its Authorization header
-// hold a key? Is the key live? Does the plan of the organisation it belongs to
-// include the API? A handler behind the middleware finds the organisation with
+// The middleware asks three questions of each request, in this order. Does the
+// Authorization header hold a key? Is the key live? Does the plan of its organisation
+// include the API? Handlers behind the middleware get the organisation from
 // [OrgFromContext].
 //
-// Stores answer with facts: a [Key], a [Plan], or [ErrNotFound]. The verdict is
-// reached for each request, with the clock. What a store cannot find out is never
-// a refusal: it is [ErrUnavailable], status 503.
+// Stores return facts: a [Key], a [Plan], or [ErrNotFound]. The middleware decides, for
+// each request and by the clock. If a store cannot be read, the answer is [ErrUnavailable]
+// with status 503, and never a refusal.
 //
-// A [Cache] stands between the middleware and its stores. It remembers facts in
-// the process and in Redis, each with the time and the Postgres snapshot it was
-// read in, and judges them when they are used: a fact that a change has overtaken
-// is read again. [Cache.Watch] hears of the changes, which the database announces
-// itself, so a plain UPDATE takes effect on every replica within some 20 milliseconds.
+// A [Cache] between the middleware and its stores keeps facts in the process and in Redis,
+// each with the time and the PostgreSQL snapshot that it was read in. A fact that is older
+// than a change is read again. The triggers of the migrations announce every change, and
+// [Cache.Watch] listens, so that a plain UPDATE takes effect on every replica within about
+// 20 milliseconds.
 //
-// Keys are made and looked after by package admin, by whoever issues them.
+// Package admin creates keys and manages keys and plans. Package apikeyclient is for
+// clients of the API, and package apikeytest for tests.
 package apikey
 
-// The way in: header -> key -> plan -> organisation in the context, or a refusal.
-// Where the facts come from is keystore.go, planstore.go and cache.go; how a
-// refusal is written is envelope.go.
+// The path of a request: header -> key -> plan -> organisation in the context, or a
+// refusal. The facts come from keystore.go, planstore.go and cache.go; envelope.go writes
+// refusals.
 
 import (
 	"context"
@@ -44,26 +45,25 @@ import (
 	"github.com/trackpilots/apikey/internal/readthrough"
 )
 
-// An Org is an authenticated organisation: who the request is from, by which
-// key, and on which plan.
+// An Org is an authenticated organisation, with the key of the request and the plan.
 type Org struct {
 	ID    string
 	KeyID string
 	Plan  Plan
 }
 
-// A Source is where facts were found.
+// A Source is the place where the facts of a decision were found.
 type Source string
 
-// The places where facts are found, from near to far.
+// The sources, from near to far.
 const (
 	SourceMemory = Source(readthrough.Memory) // this process
 	SourceRedis  = Source(readthrough.Redis)
 	SourceStore  = Source(readthrough.Database) // PostgreSQL, or a store of your own
-	SourceStale  = Source(readthrough.Stale)    // memory or Redis, past their time, since the store could not be read
+	SourceStale  = Source(readthrough.Stale)    // memory or Redis: out of date, but the store could not be read
 )
 
-// farther returns the farther of two places.
+// farther returns the farther of two sources.
 func farther(a, b Source) Source {
 	for _, s := range []Source{SourceStale, SourceStore, SourceRedis, SourceMemory} {
 		if a == s || b == s {
@@ -73,44 +73,44 @@ func farther(a, b Source) Source {
 	return ""
 }
 
-// CodeCanceled is the Code of a [Decision] that the client did not wait for, so that
-// clients that hang up do not look like an outage. No client is answered with it.
+// CodeCanceled is the Code of a [Decision] if the client hung up before the key could be
+// looked up, so that such clients do not look like an outage. It is never sent.
 const CodeCanceled = "CANCELED"
 
-// A Decision is what became of one request.
+// A Decision is the outcome of one request.
 type Decision struct {
 	Code     string        // "" if admitted, else the Code of the refusal, or CodeCanceled
-	Err      error         // nil if admitted, else the refusal, with its cause if it was ErrUnavailable
+	Err      error         // nil if admitted, else the refusal; ErrUnavailable wraps its cause
 	OrgID    string        // "" unless a key was found
 	KeyID    string        // "" unless a key was found
-	Source   Source        // where the facts were found, the farther place if two; "" if none were
+	Source   Source        // of the key or the plan, whichever was farther; "" if neither was looked up
 	Duration time.Duration // how long the decision took
 }
 
 // Options are the optional parts of a [Middleware].
 type Options struct {
-	// Cache remembers what the stores answer. All Middlewares with one Cache share its
-	// records, so their stores must hold the same keys and plans. A [BatchKeyStore] or
-	// [BatchPlanStore] is asked for many at once; where both stores are of this package
-	// and on one DB, a key and its plan are read together. Defaults to none: the stores
-	// are asked for each request.
+	// Cache keeps what the stores return. All Middlewares with the same Cache share its
+	// records, so their stores must hold the same keys and plans. The Cache reads many keys
+	// at once from a [BatchKeyStore], and many plans from a [BatchPlanStore]. If both stores
+	// are the Postgres stores of this package, on the same DB, one statement reads a key
+	// and its plan. Defaults to nil: every request reads from the stores.
 	Cache *Cache
 
 	// Realm is the realm of the WWW-Authenticate challenge: printable ASCII
 	// without quote and backslash. Defaults to "api".
 	Realm string
 
-	// ErrorHandler answers a request that is refused. The error is or wraps one of
-	// the *Error values of this package. It must write a response: one that writes
-	// nothing sends status 200. Defaults to [WriteError].
+	// ErrorHandler answers a refused request. The error is or wraps one of the *Error
+	// values of this package. It must write a response; if it writes nothing, net/http
+	// sends status 200. Defaults to [WriteError].
 	ErrorHandler func(w http.ResponseWriter, r *http.Request, err error)
 
-	// LastUsed records when keys were last admitted. Defaults to none.
+	// LastUsed records when keys were last admitted. Defaults to nil: nothing is recorded.
 	LastUsed *LastUsed
 
-	// Observe is called with every decision, before the handler runs, for metrics
-	// and audit. It must be safe for concurrent use, and requests wait for it.
-	// Defaults to none.
+	// Observe is called with every decision, before the handler runs, for metrics and
+	// audit logs. It must be safe for concurrent use and should be fast, since the
+	// request waits for it. Defaults to nil: decisions are not observed.
 	Observe func(ctx context.Context, d Decision)
 }
 
@@ -122,15 +122,15 @@ type Middleware struct {
 	opts  Options
 }
 
-// A keySource is a key store as a request asks it: first for what costs no waiting,
-// then for what does.
+// A keySource is where the middleware gets keys: from memory at once (recall), or from
+// Redis or the store (fetch).
 type keySource interface {
-	// recall returns what is known here, or nil.
+	// recall returns nil if memory has no record that may be used.
 	recall(h KeyHash, now clock.Instant) *readthrough.Record[keyFacts]
 	fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error)
 }
 
-// A planSource is the same for plans. A request has the key of the organisation.
+// A planSource is the same for the plan of a key's organisation.
 type planSource interface {
 	recall(key *keyFacts, now clock.Instant) *readthrough.Record[Plan]
 	fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error)
@@ -160,8 +160,8 @@ func (s uncachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.R
 	return rec, SourceStore, err
 }
 
-// New returns a Middleware on the two stores; opts may be nil. It panics on a nil
-// store and on options that cannot work.
+// New returns a Middleware that uses the two stores. opts may be nil. New panics if a
+// store is nil or an option is invalid.
 func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
 	if pg.IsNil(keys) || pg.IsNil(plans) {
 		panic("apikey: New: a store is nil: pass a KeyStore and a PlanStore")
@@ -187,14 +187,13 @@ func New(keys KeyStore, plans PlanStore, opts *Options) *Middleware {
 	return m
 }
 
-// Handler returns a handler that calls next for the requests that it admits, with
-// the organisation in their context, and answers all others itself. Its method
-// value is a func(http.Handler) http.Handler. It panics if next is nil.
+// Handler returns a handler that calls next for admitted requests, with the organisation
+// in their context, and answers all others itself. Its method value is a
+// func(http.Handler) http.Handler. Handler panics if next is nil.
 //
-// Every request is authenticated, whatever its method and path: wrap what is to
-// be protected and nothing else. That means the router as a whole, since routers
-// tend to answer 404 and 405 without the middleware that is mounted inside them.
-// CORS belongs outside: a preflight carries no key.
+// It authenticates every request, whatever the method and path. Wrap the router as a
+// whole: many routers answer 404 and 405 without calling the middleware that is mounted
+// inside them. Put CORS outside, since a preflight request carries no key.
 func (m *Middleware) Handler(next http.Handler) http.Handler {
 	if pg.IsNil(next) {
 		panic("apikey: Middleware.Handler: next is nil: pass the handler to protect")
@@ -212,23 +211,23 @@ func (m *Middleware) Handler(next http.Handler) http.Handler {
 	})
 }
 
-// Authenticate decides on r without answering it. The error is nil, or is or
-// wraps one of the *Error values of this package; then the Org is zero.
+// Authenticate decides on r and does not answer it. If r is refused, the Org is zero and
+// the error is or wraps one of the *Error values of this package:
 //
-//   - No Authorization field: [ErrAuthorizationHeaderMissing]. Keys in other
-//     fields, the query, cookies or the body do not count.
-//   - Another scheme than Bearer, or none: [ErrInvalidAPIKeySchema].
-//   - Bearer and nothing else: [ErrAPIKeyMissing].
-//   - A repeated field, a key that is not one token68 of at most 512 bytes, or
-//     one that is unknown, deactivated, deleted or expired: [ErrInvalidAPIKey].
-//   - A live key whose plan does not pass: [ErrPlanExpired].
-//   - A store could not look: [ErrUnavailable], wrapping the cause.
+//   - [ErrAuthorizationHeaderMissing]: there is no Authorization header. A key in another
+//     header, the query, a cookie or the body does not count.
+//   - [ErrInvalidAPIKeySchema]: the scheme is not Bearer.
+//   - [ErrAPIKeyMissing]: nothing follows Bearer.
+//   - [ErrInvalidAPIKey]: the header is repeated, or the key is not a token68 of at most
+//     512 bytes, or is unknown, deactivated, deleted or expired.
+//   - [ErrPlanExpired]: the key is live, and the plan does not pass [Plan.AllowsAPI].
+//   - [ErrUnavailable]: a store could not be read. It wraps the cause.
 func (m *Middleware) Authenticate(r *http.Request) (Org, error) {
 	return m.AuthenticateHeader(r.Context(), r.Header["Authorization"])
 }
 
-// AuthenticateHeader is [Middleware.Authenticate] for requests that are no *http.Request,
-// such as those of gRPC. It takes the values of their Authorization header or metadata.
+// AuthenticateHeader is like [Middleware.Authenticate] for requests without an
+// *http.Request, such as those of gRPC. values are those of the Authorization header.
 func (m *Middleware) AuthenticateHeader(ctx context.Context, values []string) (Org, error) {
 	if m.opts.Observe == nil {
 		org, _, err := m.decide(ctx, values)
@@ -252,9 +251,9 @@ func (m *Middleware) AuthenticateHeader(ctx context.Context, values []string) (O
 	return org, err
 }
 
-// decide is Authenticate, but names the organisation as soon as it is known, and
-// tells where its facts were found. It reads the clock once for all that is known
-// here, since that costs as much as finding it.
+// decide returns the organisation as soon as it is known, even if the request is refused,
+// and the source of the facts. It reads the clock once for everything in memory: reading
+// the clock costs as much as the rest.
 func (m *Middleware) decide(ctx context.Context, values []string) (org Org, source Source, err error) {
 	apiKey, fault := bearer.Key(values)
 	if fault != bearer.None {
@@ -266,7 +265,7 @@ func (m *Middleware) decide(ctx context.Context, values []string) (org Org, sour
 	source = SourceMemory
 	key := m.keys.recall(hash, at)
 	if key == nil {
-		// Only now: what is known here has passed before.
+		// Only now: a key in memory has passed this check before.
 		if !keyformat.Plausible(apiKey) {
 			return org, "", ErrInvalidAPIKey
 		}
@@ -331,8 +330,8 @@ func (c *orgContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// OrgFromContext returns the organisation that the request behind ctx belongs
-// to, and whether there is one. It is safe with any context, nil included.
+// OrgFromContext returns the organisation of an authenticated request, and whether ctx has
+// one. ctx may be nil.
 func OrgFromContext(ctx context.Context) (Org, bool) {
 	if ctx == nil {
 		return Org{}, false
@@ -344,9 +343,8 @@ func OrgFromContext(ctx context.Context) (Org, bool) {
 	return *org, true
 }
 
-// ContextWithOrg returns a copy of ctx in which [OrgFromContext] finds org: for
-// tests of handlers that stand behind a [Middleware]. A nil ctx counts as
-// [context.Background].
+// ContextWithOrg returns a copy of ctx in which [OrgFromContext] finds org. It is for tests
+// of handlers. If ctx is nil, [context.Background] is used.
 func ContextWithOrg(ctx context.Context, org Org) context.Context {
 	if ctx == nil {
 		ctx = context.Background()

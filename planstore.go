@@ -1,7 +1,7 @@
 package apikey
 
-// What an organisation may do: Plan, PlanStore, and the Postgres plan store.
-// A store answers with facts; AllowsAPI reaches the verdict, with the clock.
+// Looking up a plan: PlanStatus, Plan, PlanStore, and the Postgres plan store. AllowsAPI
+// decides whether a plan includes the API.
 
 import (
 	"context"
@@ -12,11 +12,11 @@ import (
 	"github.com/trackpilots/apikey/internal/pg"
 )
 
-// A PlanStatus is the state of an organisation's subscription, as billing sets
-// it. Only PlanActive admits; a status that this package does not know refuses.
+// A PlanStatus is the status of a subscription, as billing sets it. Only [PlanActive]
+// admits requests; any status that this package does not know refuses them.
 type PlanStatus string
 
-// The states of a subscription.
+// The statuses of a subscription.
 const (
 	PlanActive        PlanStatus = "active"
 	PlanPending       PlanStatus = "pending"
@@ -26,12 +26,12 @@ const (
 	PlanExpired       PlanStatus = "expired"
 )
 
-// A Plan is what is known of an organisation's subscription.
+// A Plan is what a store knows about an organisation's subscription.
 type Plan struct {
 	Name      string // the tier, such as "starter"
 	Status    PlanStatus
 	APIAccess bool      // whether the tier includes the API
-	EndsAt    time.Time // the first instant at which it no longer holds; zero: no end
+	EndsAt    time.Time // from then on it admits nothing; zero: no end
 }
 
 func (p Plan) equal(other Plan) bool {
@@ -40,44 +40,45 @@ func (p Plan) equal(other Plan) bool {
 	return same && p == other
 }
 
-// AllowsAPI reports whether the plan admits API requests at now: its status is
-// active, it includes API access, and it has not ended.
+// AllowsAPI reports whether the plan admits requests at now: it is active, includes the
+// API, and has not ended.
 func (p Plan) AllowsAPI(now time.Time) bool {
 	return p.Status == PlanActive && p.APIAccess && (p.EndsAt.IsZero() || now.Before(p.EndsAt))
 }
 
-// A PlanStore finds the plan of an organisation. It must be safe for concurrent
-// use and honour ctx.
+// A PlanStore looks up the plans of organisations. It must be safe for concurrent use and
+// must return when ctx ends.
 //
-// ErrNotFound, or an error that wraps it, means "looked, and there is none": the
-// organisation is refused with [ErrPlanExpired]. Every other error means "could
-// not look" and is answered with [ErrUnavailable].
+// [ErrNotFound], or an error that wraps it, means that the organisation has no plan: the
+// request is refused with [ErrPlanExpired]. Every other error means that the store could
+// not be read: the request is answered with [ErrUnavailable].
 type PlanStore interface {
 	Plan(ctx context.Context, orgID string) (Plan, error)
 }
 
-// A BatchPlanStore is a PlanStore that finds many plans at once. A [Cache] asks it for
-// all that are asked for at the same time: by Plans, and never by Plan. So a type that
-// embeds one, and has a Plan of its own, needs a Plans of its own too.
+// A BatchPlanStore is a PlanStore that can look up many plans at once. A [Cache] calls
+// Plans and never Plan, so a type that embeds a BatchPlanStore and overrides Plan must
+// override Plans, too.
 type BatchPlanStore interface {
 	PlanStore
 
-	// Plans returns the plans of those organisations that have one; the others are
-	// "looked, and there is none". The error means "could not look" for all of them.
+	// Plans returns the plans that exist, by organisation. An organisation without an entry
+	// has no plan. An error means that the store could not be read.
 	Plans(ctx context.Context, orgIDs []string) (map[string]Plan, error)
 }
 
-// A PlanStoreFunc is a function that is a PlanStore.
+// PlanStoreFunc lets a function be a [PlanStore].
 type PlanStoreFunc func(ctx context.Context, orgID string) (Plan, error)
 
 // Plan calls f.
 func (f PlanStoreFunc) Plan(ctx context.Context, orgID string) (Plan, error) { return f(ctx, orgID) }
 
-// A PostgresPlanStore is a PlanStore on the tables org_plans and plan_catalogue of the
-// migrations. It is safe for concurrent use if its DB is. Plans are set by package admin.
+// A PostgresPlanStore is a [BatchPlanStore] that reads the tables org_plans and
+// plan_catalogue of the migrations. It is safe for concurrent use if its DB is. Package
+// admin writes these tables.
 type PostgresPlanStore struct{ db pg.OneTrip }
 
-// NewPostgresPlanStore returns the plan store on db. It panics if db is nil.
+// NewPostgresPlanStore returns a plan store that reads from db. It panics if db is nil.
 func NewPostgresPlanStore(db DB) *PostgresPlanStore {
 	if pg.IsNil(db) {
 		panic("apikey: NewPostgresPlanStore: db is nil: pass a *pgxpool.Pool")
@@ -90,7 +91,7 @@ SELECT ` + stampSQL + `, o.org_id, o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
 LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = $1`)
 
-// Plan returns the plan of orgID, or ErrNotFound if org_plans has no row for it.
+// Plan implements [PlanStore].
 func (s *PostgresPlanStore) Plan(ctx context.Context, orgID string) (Plan, error) {
 	plans, err := s.Plans(ctx, []string{orgID})
 	if err != nil {
@@ -103,7 +104,7 @@ func (s *PostgresPlanStore) Plan(ctx context.Context, orgID string) (Plan, error
 	return plan, nil
 }
 
-// Plans implements [BatchPlanStore], in one statement.
+// Plans implements [BatchPlanStore] with one statement.
 func (s *PostgresPlanStore) Plans(ctx context.Context, orgIDs []string) (map[string]Plan, error) {
 	plans := make(map[string]Plan, len(orgIDs))
 	var orgID *string
@@ -119,8 +120,8 @@ func (s *PostgresPlanStore) Plans(ctx context.Context, orgIDs []string) (map[str
 	return plans, nil
 }
 
-// A planRow is what a lookup reads of org_plans and plan_catalogue; all NULL if the
-// organisation has no row.
+// A planRow holds the columns of org_plans and plan_catalogue in a lookup; all NULL if the
+// organisation has no plan.
 type planRow struct {
 	name, status *string
 	apiAccess    *bool
@@ -136,7 +137,7 @@ func (r *planRow) plan() *Plan {
 	return &Plan{Name: *r.name, Status: PlanStatus(*r.status), APIAccess: *r.apiAccess, EndsAt: pg.TimeOrZero(r.endsAt)}
 }
 
-// PlanStatuses returns the statuses that this package knows.
+// PlanStatuses returns all statuses that this package knows.
 func PlanStatuses() []PlanStatus { return slices.Clone(planStatuses) }
 
 var planStatuses = []PlanStatus{PlanActive, PlanPending, PlanPastDue, PlanPaymentFailed, PlanCancelled, PlanExpired}

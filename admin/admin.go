@@ -1,10 +1,10 @@
-// Package admin makes API keys and looks after them and after plans: what the dashboard's
-// service, billing and the apikey command do, by a role that may write. A service that only
-// authenticates needs package apikey alone.
+// Package admin creates API keys and manages keys and plans. It is for the dashboard's
+// service, billing and the apikey command, whose database role may write. A service that
+// only authenticates does not need it.
 //
-// On a pgx.Tx, all that [Keys] and [Plans] do is part of that transaction. None of the
-// refusals [apikey.ErrNotFound], [ErrKeyExists], [ErrKeyLimit], [ErrKeyDead] and
-// [*InputError] ends the transaction.
+// [Keys] and [Plans] on a pgx.Tx work within that transaction. The errors
+// [apikey.ErrNotFound], [ErrKeyExists], [ErrKeyLimit], [ErrKeyDead] and [*InputError] do not
+// abort it.
 package admin
 
 import (
@@ -12,15 +12,14 @@ import (
 	"fmt"
 )
 
-// What can be wrong with a request to a store, beside [apikey.ErrNotFound] and
-// [*InputError].
+// Errors of [Keys], besides [apikey.ErrNotFound] and [*InputError].
 var (
-	ErrKeyExists = errors.New("apikey: this key is on record already")
+	ErrKeyExists = errors.New("apikey: this key exists already")
 	ErrKeyLimit  = fmt.Errorf("apikey: the organisation has %d keys already: delete some", MaxKeysPerOrg)
 	ErrKeyDead   = errors.New("apikey: the key is deactivated or expired: create a new one")
 )
 
-// An InputError is a value that cannot be stored, and what to use instead.
+// An InputError is an invalid argument. Problem says what to use instead.
 type InputError struct{ Field, Problem string }
 
 // Error returns the field and the problem.

@@ -122,7 +122,7 @@ func TestCreate(t *testing.T) {
 		{"o", admin.NewKey{Name: strings.Repeat("n", 256)}, "name", "has 256 characters: use at most 255"},
 		{"o", admin.NewKey{Name: "a\nb"}, "name", "without control characters"},
 		{"o", admin.NewKey{Name: "\xff"}, "name", "UTF-8"},
-		{"o", admin.NewKey{ExpiresAt: time.Now().Add(-time.Second)}, "expiry", "has passed"},
+		{"o", admin.NewKey{ExpiresAt: time.Now().Add(-time.Second)}, "expiry", "is in the past"},
 	} {
 		_, secret, err := s.Create(t.Context(), c.org, c.key)
 		wantInputError(t, err, c.field, c.want)
@@ -247,7 +247,7 @@ func TestList(t *testing.T) {
 	wantInputError(t, err, "page limit", "use 1 to 1000")
 	for _, after := range []string{"x", "1.x", "1.00000000-0000-0000-0000-00000000000", "'; DROP TABLE api_keys; --"} {
 		_, _, err = s.List(t.Context(), "org_1", admin.Page{After: after})
-		wantInputError(t, err, "page", "unchanged")
+		wantInputError(t, err, "page", "previous page")
 	}
 }
 
@@ -407,7 +407,7 @@ func TestManyKeys(t *testing.T) {
 		t.Errorf("%d keys are left, %d active, %v", all, active, err)
 	}
 	_, err := s.Prune(t.Context(), time.Now().Add(time.Hour))
-	wantInputError(t, err, "time", "still to come")
+	wantInputError(t, err, "time", "in the future")
 }
 
 func TestKeyLimit(t *testing.T) {

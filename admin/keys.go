@@ -1,6 +1,6 @@
 package admin
 
-// Keys: making them, and looking after them. A key's plaintext begins in a Secret.
+// Creating and managing keys. A new key is in plain text in a Secret only.
 
 import (
 	"cmp"
@@ -22,12 +22,11 @@ import (
 	"github.com/trackpilots/apikey/internal/pg"
 )
 
-// Keys makes keys and looks after them, in the table api_keys of the migrations. It is
-// safe for concurrent use if its DB is. Every change names the organisation, and finds only
-// its keys.
+// Keys creates and manages the keys in the table api_keys of the migrations. It is safe for
+// concurrent use if its DB is. Methods that take an organisation see its keys only.
 type Keys struct{ db pg.OneTrip }
 
-// NewKeys returns the Keys in db. It panics if db is nil.
+// NewKeys returns a Keys that uses db. It panics if db is nil.
 func NewKeys(db apikey.DB) *Keys {
 	if pg.IsNil(db) {
 		panic("admin: NewKeys: db is nil: pass a *pgxpool.Pool or a pgx.Tx")
@@ -35,15 +34,15 @@ func NewKeys(db apikey.DB) *Keys {
 	return &Keys{pg.OneTrip{DB: db}}
 }
 
-// MaxKeysPerOrg is how many keys an organisation may have. Expired ones do not count.
-// Creations at the same time may exceed it by a few.
+// MaxKeysPerOrg is the number of keys that an organisation may have, without expired ones.
+// Concurrent calls may exceed it by a few.
 const MaxKeysPerOrg = 1000
 
-// A Secret is the plaintext of a new key. It prints as [redacted], however deep in
-// another value it is and whatever the verb; only Reveal returns it.
-type Secret struct{ reveal func() string } // in a function, where reflection finds nothing
+// A Secret is a new key in plain text. It prints as [redacted], with every verb and inside
+// other values. Only Reveal returns the key.
+type Secret struct{ reveal func() string } // a closure, since reflection cannot look into it
 
-// Reveal returns the key: to be shown to the customer, once.
+// Reveal returns the key. Show it to the customer once.
 func (s Secret) Reveal() string {
 	if s.reveal == nil {
 		return ""
@@ -57,32 +56,31 @@ func (Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[redacted]
 // MarshalText implements [encoding.TextMarshaler], for JSON and logs.
 func (Secret) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
 
-// An Environment is what a key says that it is for, in its text. Authentication treats
-// all alike.
+// An Environment is a part of a key's text that says what the key is for. Authentication
+// does not look at it.
 type Environment string
 
-// The environments of keys. Those that were issued elsewhere may have none: "".
+// The environments. Keys that were issued elsewhere may have none, which is "".
 const (
 	EnvironmentLive = Environment(keyformat.Live)
 	EnvironmentTest = Environment(keyformat.Test)
 )
 
-// A NewKey is what the maker of a key may choose. What is zero is the default of a new
-// key, and what the old key has if the new one takes its place: see
-// [Keys.Rotate].
+// A NewKey are the properties of a new key. [Keys.Rotate] takes those that are zero from
+// the old key.
 type NewKey struct {
-	Name        string      // for people: up to 255 characters, none of them a control character; Defaults to ""
-	Environment Environment // Defaults to EnvironmentLive; keys issued elsewhere are left as they are
-	ExpiresAt   time.Time   // the first instant at which it is dead; Defaults to never
-	NeverEnds   bool        // it never expires, although the old key does
+	Name        string      // up to 255 characters without control characters. Defaults to ""
+	Environment Environment // ignored by Import and ImportHash. Defaults to EnvironmentLive
+	ExpiresAt   time.Time   // from then on the key is refused. Defaults to never
+	NeverEnds   bool        // for Rotate: the new key never expires, even if the old one does
 }
 
-// A KeyInfo is what is known of a key, for people to look after it.
+// A KeyInfo describes a key.
 type KeyInfo struct {
 	ID         string
 	OrgID      string
 	Name       string
-	Hint       string // the first characters of its random part; "" if it was issued elsewhere
+	Hint       string // the first six random characters of the key; "" if it was issued elsewhere
 	Active     bool   // false: deactivated
 	CreatedAt  time.Time
 	ExpiresAt  time.Time // zero: never
@@ -132,8 +130,8 @@ func scanInfo(row pgx.Row, before ...any) (KeyInfo, error) {
 	}, nil
 }
 
-// Create makes a key for an organisation. The Secret is in no store: whoever does
-// not reveal it now never will. Errors: [*InputError], [ErrKeyLimit].
+// Create creates a key for an organisation. The key itself is not stored: the Secret is the
+// only way to get it. Errors: [*InputError], [ErrKeyLimit].
 func (s *Keys) Create(ctx context.Context, orgID string, k NewKey) (KeyInfo, Secret, error) {
 	k.Environment = cmp.Or(k.Environment, EnvironmentLive)
 	if err := errors.Join(checkOrgID(orgID), k.check()); err != nil {
@@ -152,27 +150,27 @@ func newSecret(env Environment) (Secret, apikey.KeyHash, string) {
 	return Secret{func() string { return key }}, apikey.HashKey(key), keyformat.Hint(key)
 }
 
-// Import takes in a key that was issued elsewhere, by its plaintext, which is not
-// kept: a token68 (RFC 9110, section 11.2) of 16 to 512 bytes. Errors:
-// [*InputError], [ErrKeyExists], whosever it is, and [ErrKeyLimit].
+// Import adds a key that was issued elsewhere. It must be a token68 (RFC 9110, section 11.2)
+// of 16 to 512 bytes. The key itself is not stored. Errors: [*InputError], [ErrKeyLimit],
+// and [ErrKeyExists] if any organisation has this key.
 func (s *Keys) Import(ctx context.Context, orgID, key string, k NewKey) (KeyInfo, error) {
 	switch {
 	case len(key) < minKeyLen || len(key) > bearer.MaxKeyLen || !bearer.IsToken68(key):
 		return KeyInfo{}, &InputError{"key", fmt.Sprintf("use %d to %d of the characters A-Z a-z 0-9 - . _ ~ + /, and = at the end only", minKeyLen, bearer.MaxKeyLen)}
 	case !keyformat.Plausible(key):
-		return KeyInfo{}, &InputError{"key", "it begins like a key of ours, but its checksum is wrong: look for a typing error"}
+		return KeyInfo{}, &InputError{"key", "it begins with tpk_live_ or tpk_test_, but its checksum is wrong: look for a typing error"}
 	}
 	k.Environment = Environment(keyformat.EnvironmentOf(key))
 	return s.insert(ctx, orgID, k, apikey.HashKey(key), keyformat.Hint(key))
 }
 
-// minKeyLen is the length in bytes that keys issued elsewhere must have.
+// minKeyLen is the minimum length in bytes of keys that were issued elsewhere.
 const minKeyLen = 16
 
-// ImportHash is [Keys.Import] by the SHA-256 of the key, which does not tell
-// what Import refuses: a key that is too short or long, or no token68, or that begins
-// with tpk_live_ or tpk_test_ and has another checksum, is then on record and refused
-// with [apikey.ErrInvalidAPIKey] all the same.
+// ImportHash is like [Keys.Import], by the SHA-256 hash of the key. It cannot check what
+// Import checks. A key that Import would refuse, because of its length, its characters or
+// its checksum, is imported, but every request with it is refused with
+// [apikey.ErrInvalidAPIKey].
 func (s *Keys) ImportHash(ctx context.Context, orgID string, h apikey.KeyHash, k NewKey) (KeyInfo, error) {
 	return s.insert(ctx, orgID, k, h, "")
 }
@@ -204,12 +202,12 @@ func (s *Keys) insert(ctx context.Context, orgID string, k NewKey, h apikey.KeyH
 
 // A Page is a part of a list.
 type Page struct {
-	After string // what List returned with the page before; "": the first page
-	Limit int    // Defaults to 100, at most 1000
+	After string // what List returned with the previous page. Defaults to "": the first page
+	Limit int    // at most 1000 keys. Defaults to 100
 }
 
-// List returns the keys of an organisation, oldest first, and what the After of the
-// next page is; "" if there is none. Errors: [*InputError].
+// List returns a page of an organisation's keys, oldest first, and the After of the next
+// page, "" if there is none. Errors: [*InputError].
 func (s *Keys) List(ctx context.Context, orgID string, page Page) (keys []KeyInfo, next string, err error) {
 	if page.Limit == 0 {
 		page.Limit = 100
@@ -222,7 +220,7 @@ func (s *Keys) List(ctx context.Context, orgID string, page Page) (keys []KeyInf
 	if page.After != "" {
 		var micros int64
 		if _, err := fmt.Sscanf(page.After, "%d.%36s", &micros, &id); err != nil || !pg.IsUUID(id) {
-			return nil, "", &InputError{"page", "use what came with the page before, unchanged"}
+			return nil, "", &InputError{"page", "use what List returned with the previous page"}
 		}
 		createdAt = pgtype.Timestamptz{Time: time.UnixMicro(micros), Valid: true}
 	}
@@ -242,18 +240,19 @@ func (s *Keys) List(ctx context.Context, orgID string, page Page) (keys []KeyInf
 	return keys, next, nil
 }
 
-// Deactivate makes a key dead until it is activated again. It is no error if it
-// was so already. Errors: [apikey.ErrNotFound].
+// Deactivate deactivates a key until [Keys.Activate]. A key may be deactivated twice.
+// Errors: [apikey.ErrNotFound].
 func (s *Keys) Deactivate(ctx context.Context, orgID, keyID string) error {
 	return s.change(ctx, "deactivating", `UPDATE api_keys SET active = false WHERE org_id = $1 AND id = $2`, orgID, keyID)
 }
 
-// Activate takes back Deactivate, but not an expiry. Errors: [apikey.ErrNotFound].
+// Activate undoes [Keys.Deactivate]. An expired key stays expired. Errors:
+// [apikey.ErrNotFound].
 func (s *Keys) Activate(ctx context.Context, orgID, keyID string) error {
 	return s.change(ctx, "activating", `UPDATE api_keys SET active = true WHERE org_id = $1 AND id = $2`, orgID, keyID)
 }
 
-// DeactivateAll makes all keys of an organisation dead, and returns how many were active.
+// DeactivateAll deactivates all keys of an organisation, and returns how many were active.
 func (s *Keys) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
 	tag, err := s.db.Exec(ctx, `UPDATE api_keys SET active = false WHERE org_id = $1 AND active`, orgID)
 	if err != nil {
@@ -262,11 +261,11 @@ func (s *Keys) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
 	return tag.RowsAffected(), nil
 }
 
-// Prune deletes the keys of all organisations that expired before a time, at most 10,000
-// of them, and returns how many: call it again until it returns 0.
+// Prune deletes up to 10,000 keys, of any organisation, that expired before a time. It
+// returns their number: call it until that is 0.
 func (s *Keys) Prune(ctx context.Context, expiredBefore time.Time) (int64, error) {
 	if expiredBefore.After(time.Now()) {
-		return 0, &InputError{"time", "is still to come: keys that are not expired are not pruned"}
+		return 0, &InputError{"time", "is in the future: only expired keys are pruned"}
 	}
 	tag, err := s.db.Exec(ctx, `DELETE FROM api_keys WHERE id IN (SELECT id FROM api_keys WHERE expires_at < $1 LIMIT 10000)`, expiredBefore)
 	if err != nil {
@@ -275,13 +274,13 @@ func (s *Keys) Prune(ctx context.Context, expiredBefore time.Time) (int64, error
 	return tag.RowsAffected(), nil
 }
 
-// Delete forgets a key. Errors: [apikey.ErrNotFound].
+// Delete deletes a key. Errors: [apikey.ErrNotFound].
 func (s *Keys) Delete(ctx context.Context, orgID, keyID string) error {
 	return s.change(ctx, "deleting", `DELETE FROM api_keys WHERE org_id = $1 AND id = $2`, orgID, keyID)
 }
 
-// Expire sets the first instant at which a key is dead, which may have passed;
-// zero: never. Errors: [apikey.ErrNotFound].
+// Expire sets when a key expires, which may be in the past; zero means never. Errors:
+// [apikey.ErrNotFound].
 func (s *Keys) Expire(ctx context.Context, orgID, keyID string, at time.Time) error {
 	return s.change(ctx, "expiring", `UPDATE api_keys SET expires_at = $3 WHERE org_id = $1 AND id = $2`, orgID, keyID, pg.NullTime(at))
 }
@@ -300,10 +299,10 @@ func (s *Keys) change(ctx context.Context, what, sql, orgID, keyID string, args 
 	return nil
 }
 
-// Rotate makes a new key in the place of a live one, which lives on until a given
-// instant, unless it expires before; one that has passed ends it at once. The new
-// key has the old one's name, environment and end, as far as k does not say otherwise.
-// Errors: [apikey.ErrNotFound], [ErrKeyDead], [ErrKeyLimit], [*InputError].
+// Rotate creates a new key and lets the old one expire at a time, if it does not expire
+// earlier. A time in the past ends the old key at once. What k leaves zero is taken from
+// the old key: its name, environment and expiry. Errors: [apikey.ErrNotFound],
+// [ErrKeyDead], [ErrKeyLimit], [*InputError].
 func (s *Keys) Rotate(ctx context.Context, orgID, keyID string, until time.Time, k NewKey) (KeyInfo, Secret, error) {
 	if err := k.check(); err != nil {
 		return KeyInfo{}, Secret{}, err
@@ -367,7 +366,7 @@ func (s *Keys) Find(ctx context.Context, keyID string) (KeyInfo, error) {
 	return s.find(ctx, `id`, keyID)
 }
 
-// FindHash is [Keys.Find] by the hash of the key.
+// FindHash is like [Keys.Find], by the hash of the key.
 func (s *Keys) FindHash(ctx context.Context, h apikey.KeyHash) (KeyInfo, error) {
 	return s.find(ctx, `key_hash`, h[:])
 }
@@ -392,9 +391,9 @@ func (k NewKey) check() error {
 	case k.Environment != "" && k.Environment != EnvironmentLive && k.Environment != EnvironmentTest:
 		return &InputError{"environment", fmt.Sprintf("%q is neither %q nor %q", k.Environment, EnvironmentLive, EnvironmentTest)}
 	case k.NeverEnds && !k.ExpiresAt.IsZero():
-		return &InputError{"expiry", "a key that never ends has none: leave one of the two out"}
+		return &InputError{"expiry", "ExpiresAt and NeverEnds exclude each other: set one of them"}
 	case !k.ExpiresAt.IsZero() && !k.ExpiresAt.After(time.Now()):
-		return &InputError{"expiry", "has passed already: use a time to come, or none"}
+		return &InputError{"expiry", "is in the past: use a later time, or none"}
 	}
 	return nil
 }
@@ -409,7 +408,7 @@ func checkOrgID(orgID string) error {
 	case orgID == "" || len(orgID) > maxOrgIDLen || !utf8.ValidString(orgID) || strings.ContainsRune(orgID, 0):
 		return &InputError{"organisation", fmt.Sprintf("use 1 to %d bytes of UTF-8 for its id", maxOrgIDLen)}
 	case strings.TrimSpace(orgID) != orgID:
-		return &InputError{"organisation", "its id has blanks around it: leave them out"}
+		return &InputError{"organisation", "its id begins or ends with a blank: remove it"}
 	}
 	return nil
 }

@@ -1,6 +1,6 @@
 package admin
 
-// Plans: what tiers there are, and which organisation is on which.
+// Managing tiers, and the plans of organisations.
 
 import (
 	"context"
@@ -16,11 +16,11 @@ import (
 	"github.com/trackpilots/apikey/internal/pg"
 )
 
-// Plans sets the plans of organisations, in the tables org_plans and plan_catalogue of the
-// migrations. It is safe for concurrent use if its DB is.
+// Plans manages the plans in the tables org_plans and plan_catalogue of the migrations. It is
+// safe for concurrent use if its DB is.
 type Plans struct{ db pg.OneTrip }
 
-// NewPlans returns the Plans in db. It panics if db is nil.
+// NewPlans returns a Plans that uses db. It panics if db is nil.
 func NewPlans(db apikey.DB) *Plans {
 	if pg.IsNil(db) {
 		panic("admin: NewPlans: db is nil: pass a *pgxpool.Pool or a pgx.Tx")
@@ -28,8 +28,8 @@ func NewPlans(db apikey.DB) *Plans {
 	return &Plans{pg.OneTrip{DB: db}}
 }
 
-// DefineTier sets whether a tier includes the API, for all organisations on it; a
-// tier that is not in the catalogue is added. Errors: [*InputError].
+// DefineTier adds a tier to the catalogue, or changes it for all organisations: whether it
+// includes the API. Errors: [*InputError].
 func (s *Plans) DefineTier(ctx context.Context, tier string, apiAccess bool) error {
 	if err := checkTier(tier); err != nil {
 		return err
@@ -42,9 +42,9 @@ func (s *Plans) DefineTier(ctx context.Context, tier string, apiAccess bool) err
 	return nil
 }
 
-// Subscribe sets the whole subscription of an organisation, which need not have
-// had one. A zero end is none. Errors: [*InputError], also for a tier that is not
-// in the catalogue.
+// Subscribe sets the tier, status and end of an organisation's plan, and creates the plan if
+// there is none. A zero end means no end. Errors: [*InputError], also if the tier is not in
+// the catalogue.
 func (s *Plans) Subscribe(ctx context.Context, orgID, tier string, status apikey.PlanStatus, endsAt time.Time) error {
 	if err := errors.Join(checkOrgID(orgID), checkTier(tier), checkStatus(status)); err != nil {
 		return err
@@ -55,8 +55,8 @@ func (s *Plans) Subscribe(ctx context.Context, orgID, tier string, status apikey
 		orgID, tier, status, pg.NullTime(endsAt))
 }
 
-// SetTier moves an organisation to another tier. Errors: [apikey.ErrNotFound] if it has no
-// subscription, [*InputError] if the tier is not in the catalogue.
+// SetTier changes the tier of an organisation's plan. Errors: [apikey.ErrNotFound] if there
+// is no plan, [*InputError] if the tier is not in the catalogue.
 func (s *Plans) SetTier(ctx context.Context, orgID, tier string) error {
 	if err := checkTier(tier); err != nil {
 		return err
@@ -64,8 +64,8 @@ func (s *Plans) SetTier(ctx context.Context, orgID, tier string) error {
 	return s.change(ctx, tier, `UPDATE org_plans SET plan = name FROM plan_catalogue WHERE org_id = $1 AND name = $2`, orgID, tier)
 }
 
-// SetStatus sets the status of a subscription. Errors: [apikey.ErrNotFound], and
-// [*InputError] for a status that this package does not know.
+// SetStatus changes the status of an organisation's plan. Errors: [apikey.ErrNotFound] if
+// there is no plan, [*InputError] if [apikey.PlanStatuses] does not have the status.
 func (s *Plans) SetStatus(ctx context.Context, orgID string, status apikey.PlanStatus) error {
 	if err := checkStatus(status); err != nil {
 		return err
@@ -73,14 +73,14 @@ func (s *Plans) SetStatus(ctx context.Context, orgID string, status apikey.PlanS
 	return s.change(ctx, "", `UPDATE org_plans SET status = $2 WHERE org_id = $1`, orgID, status)
 }
 
-// SetEnd sets the first instant at which a subscription no longer holds; zero: no
-// end. Errors: [apikey.ErrNotFound].
+// SetEnd changes when an organisation's plan ends; zero means no end. Errors:
+// [apikey.ErrNotFound] if there is no plan.
 func (s *Plans) SetEnd(ctx context.Context, orgID string, endsAt time.Time) error {
 	return s.change(ctx, "", `UPDATE org_plans SET ends_at = $2 WHERE org_id = $1`, orgID, pg.NullTime(endsAt))
 }
 
-// change runs a statement that changes one row. If it finds none, that may be for
-// want of a tier.
+// change runs a statement that changes one row. If there is none, it finds out whether the
+// tier is missing.
 func (s *Plans) change(ctx context.Context, tier, sql string, args ...any) error {
 	tag, err := s.db.Exec(ctx, sql, args...)
 	known := true

@@ -59,7 +59,7 @@ func (f *flagSet) redisURL(usage string) *string {
 }
 
 func (f *flagSet) jsonOutput() {
-	f.json = f.Bool("json", false, "print JSON for programs, not text for people; errors, too")
+	f.json = f.Bool("json", false, "print JSON; errors, too")
 }
 
 // parse parses a command's arguments, of which none may be left over.

@@ -63,9 +63,9 @@ type keyMaker struct {
 
 func newKeyMaker(a *app, command, expires string) keyMaker {
 	f := newFlags(a, command)
-	f.String("expires", "", "`when` the key ends: a time, a time from now such as 720h or 30d, or never (default "+expires+")")
+	f.String("expires", "", "`when` the key expires: a time, a duration from now such as 720h or 30d, or never (default "+expires+")")
 	f.jsonOutput()
-	return keyMaker{f, f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation"), f.String("name", "", "a `name` for people")}
+	return keyMaker{f, f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation"), f.String("name", "", "a `name`, for people to read")}
 }
 
 func (m keyMaker) parseKey(args []string) (admin.NewKey, error) {
@@ -118,7 +118,7 @@ func (f *flagSet) printNew(info admin.KeyInfo, secret admin.Secret) error {
 
 func keysCreate(ctx context.Context, a *app, args []string) error {
 	f := newKeyMaker(a, "keys create", never)
-	test := f.Bool("test", false, "make it say test, not live")
+	test := f.Bool("test", false, "create a key of the test environment, which begins with tpk_test_")
 	k, err := f.parseKey(args)
 	if err != nil {
 		return err
@@ -191,11 +191,11 @@ func changeKey(
 	})
 }
 
-// keysRevoke makes all keys of an organisation dead.
-func keysRevoke(ctx context.Context, a *app, args []string) error {
+// keysDeactivateAll makes all keys of an organisation dead.
+func keysDeactivateAll(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "keys deactivate-all")
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
-	dry := f.Bool("dry-run", false, "only say how many keys that would be")
+	dry := f.Bool("dry-run", false, "only print how many keys that would be")
 	if err := f.parse(args); err != nil {
 		return err
 	}
@@ -215,7 +215,7 @@ func keysPrune(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "keys prune")
 	databaseURL := f.databaseURL("PostgreSQL `URL`")
 	age := f.duration("expired", 90*24*time.Hour, "for `how long` the keys have been expired, such as 30d (default 90d)")
-	dry := f.Bool("dry-run", false, "only say how many keys that would be")
+	dry := f.Bool("dry-run", false, "only print how many keys that would be")
 	if err := f.parse(args); err != nil {
 		return err
 	}
@@ -263,7 +263,7 @@ func noSuchKey(org string) error {
 func keysRotate(ctx context.Context, a *app, args []string) error {
 	f := newKeyMaker(a, "keys rotate", "as the old key")
 	id := f.must("id", "the `id` of the key to replace, not the key itself")
-	overlap := f.duration("overlap", 24*time.Hour, "`how long` the old key lives on, such as 90m or 7d (default 24h)")
+	overlap := f.duration("overlap", 24*time.Hour, "`how long` the old key still works, such as 90m or 7d (default 24h)")
 	k, err := f.parseKey(args)
 	if err != nil {
 		return err
@@ -353,8 +353,8 @@ func planSet(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "plan set")
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
 	tier := f.String("tier", "", "the `name` of the tier")
-	status := f.String("status", "", "active, pending, past_due, payment_failed, cancelled or expired (default of a new subscription: active)")
-	f.String("ends", "", "`when` the plan ends: a time, a time from now such as 720h or 30d, or never (default of a new subscription: never)")
+	status := f.String("status", "", fmt.Sprintf("one of %s", apikey.PlanStatuses())+" (default of a new subscription: active)")
+	f.String("ends", "", "`when` the plan ends: a time, a duration from now such as 720h or 30d, or never (default of a new subscription: never)")
 	if err := f.parse(args); err != nil {
 		return err
 	}

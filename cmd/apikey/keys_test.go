@@ -308,7 +308,7 @@ func TestImport(t *testing.T) {
 	for stdin, want := range map[string]string{
 		"":     "standard input is empty",
 		"\n\n": "standard input is empty",
-		"a-new-key-issued-elsewhere\na-key-issued-elsewhere-1\n": "line 2, and nothing was imported: apikey: this key is on record already",
+		"a-new-key-issued-elsewhere\na-key-issued-elsewhere-1\n": "line 2, and nothing was imported: apikey: this key exists already",
 		"a-new-key-issued-elsewhere\nshort\n":                    "line 2, and nothing was imported: apikey: key: use 16 to 512",
 	} {
 		s.refuse(t, stdin, want, "keys", "import", "--org", "acme")
@@ -332,7 +332,7 @@ func TestRefusals(t *testing.T) {
 		{"has no key with this id", []string{"keys", "deactivate", "--org", "other", "--id", made.ID}},
 		{"'apikey keys list' shows", []string{"keys", "rotate", "--org", "other", "--id", made.ID}},
 		{"has no key with this id", []string{"keys", "delete", "--org", "acme", "--id", made.Key}},
-		{"has passed already", []string{"keys", "create", "--org", "acme", "--expires", "-1h"}},
+		{"is in the past", []string{"keys", "create", "--org", "acme", "--expires", "-1h"}},
 		{"use at most 255", []string{"keys", "create", "--org", "acme", "--name", strings.Repeat("n", 256)}},
 		{"has no subscription: give --tier", []string{"plan", "set", "--org", "acme", "--status", "active"}},
 		{`"gold" is not in plan_catalogue`, []string{"plan", "set", "--org", "acme", "--tier", "gold"}},

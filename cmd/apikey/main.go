@@ -1,20 +1,12 @@
-// Command apikey runs and looks after API-key authentication.
+// Command apikey sets up, manages and demonstrates API-key authentication. 'apikey -h'
+// lists its commands.
 //
-//	apikey demo       serve the main job on embedded defaults, or on real servers
-//	apikey migrate    create or update the tables
-//	apikey keys       create, list, deactivate, activate, delete, rotate, import, prune
-//	apikey plan       set, show, define
-//	apikey explain    why a key is admitted or refused
-//	apikey doctor     whether the database and Redis are as they should be
-//	apikey version    which version this is
+// PostgreSQL is at --database-url or $DATABASE_URL, Redis at --redis-url or $REDIS_URL.
+// Keys are read from standard input and never from arguments, which other users of the
+// machine can see.
 //
-// PostgreSQL is at --database-url or $DATABASE_URL, Redis at --redis-url or
-// $REDIS_URL. Keys are read from standard input, and never from an argument, which
-// other users of the machine could see.
-//
-// The exit status is 0 when it did what it was asked to, 1 when it could not, or when
-// doctor found a fault, 2 when it did not understand, and 3 when what it was asked for is
-// not there.
+// The exit status is 0 if the command succeeded, 1 if it failed or doctor found a fault, 2
+// if its arguments are wrong, and 3 if what it looked for was not found.
 package main
 
 import (
@@ -27,56 +19,60 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 )
 
-const usage = `usage: apikey command [flags]
-
-  demo               serve the main job on embedded defaults, or on real servers
-  migrate            create or update the tables
-  keys create        make a key for an organisation, and show it once
-  keys list          list the keys of an organisation
-  keys deactivate    make a key dead
-  keys activate      take that back
-  keys deactivate-all  make all keys of an organisation dead
-  keys delete        forget a key
-  keys prune         forget keys that expired long ago
-  keys rotate        make a new key in the place of one that lives on for a while
-  keys import        take in keys issued elsewhere, from standard input
-  plan define        say whether a tier includes the API
-  plan set           set an organisation's tier, status or end
-  plan show          show an organisation's plan
-  explain            say why a key, by its id or from standard input, is refused
-  doctor             check the database and Redis
-  version            print the version
-
-'apikey command -h' lists the flags of a command. Exit status: 0 done, 1 could not
-be done (doctor: a fault was found), 2 not understood, 3 not there.
-`
-
 // A command is a word or two, and what they do.
-type command func(ctx context.Context, a *app, args []string) error
-
-var commands = map[string]command{
-	"demo": demo, "migrate": migrate,
-	"keys create": keysCreate, "keys list": keysList, "keys deactivate": keysDeactivate, "keys activate": keysActivate,
-	"keys deactivate-all": keysRevoke, "keys prune": keysPrune, "keys delete": keysDelete, "keys rotate": keysRotate, "keys import": keysImport,
-	"plan define": planDefine, "plan set": planSet, "plan show": planShow,
-	"explain": explain, "doctor": doctor, "version": version,
+type command struct {
+	name, about string
+	run         func(ctx context.Context, a *app, args []string) error
 }
 
-// An app is the process as a command sees it.
+var commands = []command{
+	{"demo", "serve the API and a page that shows it, without any set-up or on real servers", demo},
+	{"migrate", "create or update the tables", migrate},
+	{"keys create", "create a key for an organisation, and show it once", keysCreate},
+	{"keys list", "list the keys of an organisation", keysList},
+	{"keys deactivate", "deactivate a key", keysDeactivate},
+	{"keys activate", "activate a key again", keysActivate},
+	{"keys deactivate-all", "deactivate all keys of an organisation", keysDeactivateAll},
+	{"keys delete", "delete a key", keysDelete},
+	{"keys prune", "delete keys that expired long ago", keysPrune},
+	{"keys rotate", "replace a key by a new one; the old one works for a while longer", keysRotate},
+	{"keys import", "import keys that were issued elsewhere, from standard input", keysImport},
+	{"plan define", "define a tier, and whether it includes the API", planDefine},
+	{"plan set", "set the tier, status or end of an organisation's plan", planSet},
+	{"plan show", "show an organisation's plan", planShow},
+	{"explain", "explain why a key is admitted or refused", explain},
+	{"doctor", "check the database and Redis", doctor},
+	{"version", "print the version", version},
+}
+
+// usage is the help of the program as a whole.
+func usage() string {
+	var b strings.Builder
+	b.WriteString("usage: apikey command [flags]\n\n")
+	for _, c := range commands {
+		fmt.Fprintf(&b, "  %-20s %s\n", c.name, c.about)
+	}
+	b.WriteString("\n'apikey command -h' lists the flags of a command. Exit status: 0 done, 1 failed\n" +
+		"(doctor: a fault was found), 2 wrong usage, 3 not found.\n")
+	return b.String()
+}
+
+// An app is the environment of a command.
 type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
-	json           bool // errors, too, are for programs
+	json           bool // print errors as JSON
 }
 
-// errUsage is a command line that was not understood, and has been explained.
+// errUsage means that the arguments are wrong and that this has been printed.
 var errUsage = errors.New("usage")
 
-// errNotThere is what a command wraps that looked for something which is not there.
+// errNotThere is wrapped by errors for something that was not found.
 var errNotThere = errors.New("")
 
 func main() {
@@ -88,7 +84,7 @@ func main() {
 	os.Exit(a.report(err))
 }
 
-// report says what went wrong, in one line, and returns the exit status.
+// report prints err in one line, and returns the exit status.
 func (a *app) report(err error) int {
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
@@ -112,7 +108,7 @@ func (a *app) report(err error) int {
 	return status
 }
 
-// version prints what go install has built.
+// version prints the version of the module.
 func version(_ context.Context, a *app, args []string) error {
 	if err := newFlags(a, "version").parse(args); err != nil {
 		return err
@@ -127,18 +123,19 @@ func version(_ context.Context, a *app, args []string) error {
 
 func run(ctx context.Context, a *app, args []string) error {
 	for words := min(2, len(args)); words > 0; words-- {
-		if c, ok := commands[strings.Join(args[:words], " ")]; ok {
-			return c(ctx, a, args[words:])
+		name := strings.Join(args[:words], " ")
+		if i := slices.IndexFunc(commands, func(c command) bool { return c.name == name }); i >= 0 {
+			return commands[i].run(ctx, a, args[words:])
 		}
 	}
 	if len(args) > 0 {
 		switch args[0] {
 		case "-h", "-help", "--help", "help":
-			fmt.Fprint(a.stdout, usage)
+			fmt.Fprint(a.stdout, usage())
 			return nil
 		}
 		fmt.Fprintf(a.stderr, "apikey: there is no such command\n") // not which: it may be a key
 	}
-	fmt.Fprint(a.stderr, usage)
+	fmt.Fprint(a.stderr, usage())
 	return errUsage
 }

@@ -311,7 +311,7 @@ func TestFaults(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	t.Parallel()
-	if out, err := exec.Command(binary, "help").Output(); err != nil || string(out) != usage {
+	if out, err := exec.Command(binary, "help").Output(); err != nil || string(out) != usage() {
 		t.Errorf("help: %v\n%s", err, out)
 	}
 	if out, err := exec.Command(binary, "demo", "-h").CombinedOutput(); err != nil || !strings.Contains(string(out), "-database-url") {
