@@ -1,6 +1,6 @@
 package apikeytest
 
-// What every store must do, as tests to be run by whoever writes one.
+// Tests for stores of your own.
 
 import (
 	"context"
@@ -13,21 +13,20 @@ import (
 	"github.com/trackpilots/apikey"
 )
 
-// Keys is a key store under test, and how to change what is in it. The tests
-// store times in whole microseconds, as PostgreSQL does.
+// Keys is a key store under test, with functions that change what it holds. The tests use
+// times in whole microseconds, as PostgreSQL stores them.
 type Keys struct {
 	Store apikey.KeyStore
 
-	// Put puts a key on record under h, in the place of what is there, and returns
-	// its id, which is the store's to choose.
+	// Put adds or replaces the key with hash h, and returns the id that the store gives it.
 	Put func(t *testing.T, h apikey.KeyHash, k apikey.Key) (id string)
 
 	// Remove removes the key with hash h.
 	Remove func(t *testing.T, h apikey.KeyHash)
 }
 
-// TestKeyStore tests that a store does what the contract of [apikey.KeyStore]
-// says, and that of [apikey.BatchKeyStore] if it is one.
+// TestKeyStore tests that a store fulfils the contract of [apikey.KeyStore], and that of
+// [apikey.BatchKeyStore] if it implements that.
 func TestKeyStore(t *testing.T, keys Keys) {
 	now := time.Now().UTC().Truncate(time.Microsecond)
 	var many func(context.Context, []apikey.KeyHash) (map[apikey.KeyHash]apikey.Key, error)
@@ -65,19 +64,19 @@ func TestKeyStore(t *testing.T, keys Keys) {
 	}.run(t)
 }
 
-// Plans is a plan store under test, and how to change what is in it.
+// Plans is a plan store under test, with functions that change what it holds.
 type Plans struct {
 	Store apikey.PlanStore
 
-	// Put sets the plan of an organisation, in the place of what is there.
+	// Put adds or replaces the plan of an organisation.
 	Put func(t *testing.T, orgID string, p apikey.Plan)
 
 	// Remove removes the plan of an organisation.
 	Remove func(t *testing.T, orgID string)
 }
 
-// TestPlanStore tests that a store does what the contract of [apikey.PlanStore]
-// says, and that of [apikey.BatchPlanStore] if it is one.
+// TestPlanStore tests that a store fulfils the contract of [apikey.PlanStore], and that of
+// [apikey.BatchPlanStore] if it implements that.
 func TestPlanStore(t *testing.T, plans Plans) {
 	var many func(context.Context, []string) (map[string]apikey.Plan, error)
 	if batch, ok := plans.Store.(apikey.BatchPlanStore); ok {
@@ -113,7 +112,7 @@ func TestPlanStore(t *testing.T, plans Plans) {
 	}.run(t)
 }
 
-// A suite is what both kinds of stores must do.
+// A suite has the tests of both kinds of stores.
 type suite[S comparable, V any] struct {
 	look    func(context.Context, S) (V, error)
 	many    func(context.Context, []S) (map[S]V, error) // nil: it has none

@@ -1,9 +1,8 @@
-// Package apikeytest helps to test services that stand behind apikey, and stores
-// that are put under it: stores in memory, requests as a handler sees them, and
-// what every store must do.
+// Package apikeytest is for tests of services that use apikey, and of stores. It has a store
+// in memory, authenticated requests, and tests that every store must pass.
 package apikeytest
 
-// The stores in memory.
+// A store in memory, and authenticated requests.
 
 import (
 	"cmp"
@@ -22,8 +21,8 @@ import (
 )
 
 // A Store is an [apikey.BatchKeyStore] and an [apikey.BatchPlanStore] in memory. It is safe
-// for concurrent use. What it is asked to change must be there: it panics
-// otherwise, since that is a mistake in the test.
+// for concurrent use. Methods that change a key panic if there is no such key, since that is
+// a mistake in the test.
 type Store struct {
 	mu     sync.Mutex
 	keys   map[apikey.KeyHash]apikey.Key
@@ -39,7 +38,7 @@ func NewStore() *Store {
 	}
 }
 
-// Paid is a plan that admits.
+// Paid returns a plan that admits requests.
 func Paid() apikey.Plan {
 	return apikey.Plan{Name: "starter", Status: apikey.PlanActive, APIAccess: true}
 }
@@ -95,27 +94,26 @@ func lookup[S comparable, V any](ctx context.Context, s *Store, facts map[S]V, s
 	return fact, nil
 }
 
-// Fail makes every lookup fail with err, as in an outage; nil ends that.
+// Fail makes every lookup fail with err, as in an outage, until Fail(nil).
 func (s *Store) Fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.err = err
 }
 
-// Create makes a key for an organisation and returns its id, and the key itself as
-// a client sends it. Unlike that of PostgreSQL, this store takes expiries that
-// have passed.
+// Create creates a key for an organisation, and returns its id and the key as clients send
+// it. k.ExpiresAt may be in the past.
 func (s *Store) Create(orgID string, k admin.NewKey) (id, key string) {
 	key = keyformat.New(keyformat.Environment(cmp.Or(k.Environment, admin.EnvironmentLive)))
 	return s.Import(orgID, key, k), key
 }
 
-// Import takes in a key that is known already, and returns its id.
+// Import adds a key that clients have already, and returns its id.
 func (s *Store) Import(orgID, key string, k admin.NewKey) (id string) {
 	return s.put(apikey.HashKey(key), apikey.Key{OrgID: orgID, Active: true, ExpiresAt: k.ExpiresAt})
 }
 
-// put puts a key in the place of what is there, and gives it an id if it has none.
+// put adds or replaces a key, and gives it an id if it has none.
 func (s *Store) put(h apikey.KeyHash, key apikey.Key) (id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -126,13 +124,13 @@ func (s *Store) put(h apikey.KeyHash, key apikey.Key) (id string) {
 	return key.ID
 }
 
-// Deactivate makes a key dead.
+// Deactivate deactivates a key.
 func (s *Store) Deactivate(keyID string) { s.change(keyID, func(k *apikey.Key) { k.Active = false }) }
 
-// Activate takes back Deactivate.
+// Activate undoes Deactivate.
 func (s *Store) Activate(keyID string) { s.change(keyID, func(k *apikey.Key) { k.Active = true }) }
 
-// Expire sets the first instant at which a key is dead; zero: never.
+// Expire sets when a key expires; zero means never.
 func (s *Store) Expire(keyID string, at time.Time) {
 	s.change(keyID, func(k *apikey.Key) { k.ExpiresAt = at })
 }
@@ -148,7 +146,7 @@ func (s *Store) change(keyID string, change func(*apikey.Key)) {
 	s.keys[s.hashes[keyID]] = key
 }
 
-// Delete forgets a key.
+// Delete deletes a key.
 func (s *Store) Delete(keyID string) {
 	s.change(keyID, func(*apikey.Key) {})
 	s.mu.Lock()
@@ -170,8 +168,8 @@ func (s *Store) Unsubscribe(orgID string) {
 	delete(s.plans, orgID)
 }
 
-// NewRequest is [httptest.NewRequest] for a handler behind the middleware: its
-// context holds org.
+// NewRequest is like [httptest.NewRequest], for handlers behind the middleware: the context
+// of the request has org.
 func NewRequest(method, target string, body io.Reader, org apikey.Org) *http.Request {
 	r := httptest.NewRequest(method, target, body)
 	return r.WithContext(apikey.ContextWithOrg(r.Context(), org))

@@ -1,8 +1,7 @@
-// Package migrations holds the tables and triggers of apikey as numbered plain
-// SQL, and applies them. Teams with a migration tool of their own copy the files
-// from FS instead.
+// Package migrations has the tables and triggers of apikey as numbered SQL files, and
+// applies them. If you have a migration tool of your own, let it run the files.
 //
-// The tables are made in the first schema of the search_path, and found by it.
+// The tables are created in the first schema of the search_path.
 package migrations
 
 import (
@@ -15,19 +14,19 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// FS holds the migrations, to be applied once each in the order of their names.
+// FS has the migrations. Each is to be applied once, in the order of the names.
 //
 //go:embed *.sql
 var FS embed.FS
 
-// A DB is where the tables are: a *pgxpool.Pool, a *pgx.Conn or a pgx.Tx.
+// A DB is a *pgxpool.Pool, a *pgx.Conn or a pgx.Tx.
 type DB interface {
 	Begin(ctx context.Context) (pgx.Tx, error)
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 }
 
-// Columns are the columns that authentication reads, by table. A change of any of them
-// is announced.
+// Columns are the columns that authentication reads, by table. The triggers announce changes
+// of these.
 func Columns() map[string][]string {
 	return map[string][]string{
 		"api_keys":       {"id", "org_id", "key_hash", "active", "expires_at"},
@@ -36,15 +35,14 @@ func Columns() map[string][]string {
 	}
 }
 
-// lockID is the advisory lock that two runs at once take in turn.
+// lockID is an advisory lock, so that concurrent runs wait for each other.
 const lockID = 0x6170696b6579 // "apikey"
 
-// Apply brings the database to the newest version, in one transaction: all
-// missing migrations, or none. What is applied is kept in the table
-// apikey_migrations. It is harmless to run again, and safe to run twice at once.
+// Apply applies all missing migrations in one transaction, and records them in the table
+// apikey_migrations. It may run again, and several times at once.
 //
-// It takes the rights of an owner of tables, unless nothing is missing. Run it when you
-// deploy, and not from a service, whose role should only read.
+// It needs the rights of the tables' owner, unless nothing is missing. Run it when you
+// deploy, and not in a service, whose role should only read.
 func Apply(ctx context.Context, db DB) error {
 	missing, err := Missing(ctx, db)
 	if err != nil || len(missing) == 0 {
@@ -84,10 +82,9 @@ func applyFile(ctx context.Context, tx pgx.Tx, name string) error {
 	return err
 }
 
-// Missing returns the names of the migrations that have not been applied to the
-// database, in order; none if it is up to date. It is an error if tables of these names
-// are there which Apply has not made: they are others, or another tool's work. It writes
-// nothing, and takes SELECT on apikey_migrations.
+// Missing returns the names of the migrations that were not applied, in order. It returns
+// an error if there are tables of the same names that Apply has not created. It only reads,
+// and needs SELECT on apikey_migrations.
 func Missing(ctx context.Context, db DB) ([]string, error) {
 	files, err := FS.ReadDir(".")
 	if err != nil {
@@ -117,18 +114,17 @@ func Missing(ctx context.Context, db DB) ([]string, error) {
 	return slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(applied, name) }), nil
 }
 
-// begun reports whether Apply has been at work.
+// begun reports whether Apply has run on this database.
 func begun(ctx context.Context, db DB) (bool, error) {
 	is, err := collect[bool](ctx, db, `SELECT to_regclass('apikey_migrations') IS NOT NULL`)
 	return err == nil && is[0], err
 }
 
-// ErrOtherTool is the error of [Missing] and [Apply] for tables that are ours, but that
-// Apply has not made.
+// ErrOtherTool is the error of [Missing] and [Apply] if the tables exist but another tool has
+// created them.
 var ErrOtherTool = errors.New("apikey: the tables are there, but no apikey_migrations: they were made by another tool: go on with that one")
 
-// foreign returns an error if there are tables with the names of ours where ours would be
-// made.
+// foreign returns an error if there are other tables with these names in the schema.
 func foreign(ctx context.Context, db DB) error {
 	ours := false
 	for table, columns := range Columns() {

@@ -1,6 +1,5 @@
-// Package otel turns the decisions of an apikey.Middleware, and the statistics of
-// its cache, into OpenTelemetry metrics and span attributes. The dashboard
-// grafana.json draws them.
+// Package otel reports the decisions of an apikey.Middleware and the statistics of its cache
+// as OpenTelemetry metrics and span attributes. grafana.json is a dashboard for them.
 //
 //	observe, err := otel.Observe(provider, cache)
 //	auth := apikey.New(keys, plans, &apikey.Options{Cache: cache, Observe: observe})
@@ -16,7 +15,7 @@
 //	apikey.feed.live           gauge: 1 while announcements are known to arrive, else 0
 //	apikey.feed.*              counters: announcements, unannounced
 //
-// No metric has organisations or keys for attributes: those are on the span.
+// Metrics have no attributes for organisations and keys. Spans do.
 package otel
 
 import (
@@ -38,11 +37,10 @@ const (
 	KeyIDKey  = attribute.Key("apikey.key.id") // on spans only
 )
 
-// Observe returns a function for Options.Observe. It records every decision with
-// the meter of a provider, and sets attributes of the span in the request's context,
-// if there is one: error.type, enduser.id (the organisation), apikey.key.id and
-// apikey.source. It also registers the statistics of cache, which may be nil, for as
-// long as the provider lives. The error is the provider's.
+// Observe returns a function for Options.Observe that records every decision with the meter
+// of a provider, and sets attributes of the span in the request's context: error.type,
+// enduser.id (the organisation), apikey.key.id and apikey.source. It also registers the
+// statistics of cache, unless that is nil. It returns the provider's errors.
 func Observe(provider metric.MeterProvider, cache *apikey.Cache) (func(context.Context, apikey.Decision), error) {
 	meter := provider.Meter(scope)
 	duration, err := meter.Float64Histogram("apikey.decision.duration", metric.WithUnit("s"),

@@ -1,7 +1,7 @@
-// Package batch is natural batching: who asks while little is going on is served
-// at once, on its own goroutine; who asks while enough batches are under way waits,
-// and goes out together with all others who wait. There is no timer, and no waiting
-// for a batch to fill: load makes batches larger.
+// Package batch collects concurrent lookups into batches. A lookup is sent at once, on the
+// caller's goroutine, while few batches are running. While many are running, lookups wait,
+// and the next batch takes all that wait. There is no timer, and no batch waits to be full:
+// batches become larger under load.
 package batch
 
 import (
@@ -14,26 +14,25 @@ import (
 	"time"
 )
 
-// What Do returns when it has no answer because of others who ask, and not because
-// of who is asked.
+// Errors of Do that are caused by other callers, and not by what is asked.
 var (
 	ErrFull   = errors.New("the queue is full")
 	ErrWaited = errors.New("the time was spent waiting in the queue")
 )
 
-// ErrSilent is what Do returns when no batch at all was answered in its time.
+// ErrSilent is the error of Do if no batch was answered within the budget.
 var ErrSilent = errors.New("no answer came in time")
 
 // Limits are the limits of a Batcher. All are at least 1.
 type Limits struct {
-	AtOnce int           // batches under way
+	AtOnce int           // batches running at the same time
 	Size   int           // keys in one batch
-	Queue  int           // keys of one class that wait
-	Budget time.Duration // for waiting, and for a batch
+	Queue  int           // keys that may wait, for each of the two classes
+	Budget time.Duration // of a caller, and of a batch
 }
 
-// A Batcher asks for keys in batches. It is safe for concurrent use. Callers that
-// ask for the same key at a time are to share: see [Group].
+// A Batcher looks up keys in batches. It is safe for concurrent use. It does not merge
+// lookups of the same key: see [Group].
 type Batcher[K, V any] struct {
 	limits Limits
 	run    func(ctx context.Context, keys []K) ([]V, error)
@@ -42,10 +41,10 @@ type Batcher[K, V any] struct {
 	mu       sync.Mutex
 	running  int
 	queues   [2][]*waiter[K, V] // the preferred ones first; empty while running is below AtOnce
-	answered uint64             // batches that were
+	answered uint64             // number of batches that were answered
 }
 
-// Stats counts the keys that were not asked for. Several Batchers may share one.
+// Stats counts keys that were not looked up. Several Batchers may share one.
 type Stats struct {
 	Full   atomic.Uint64 // ErrFull
 	Waited atomic.Uint64 // ErrWaited
@@ -60,16 +59,15 @@ type waiter[K, V any] struct {
 	err    error
 }
 
-// New returns a Batcher that calls run for each batch. run returns a value for each
-// of the keys, in their order, or an error that all of them get; it must honour its
-// context. A panic in it is such an error.
+// New returns a Batcher that calls run for each batch. run returns one value for each key,
+// in the same order, or an error for all of them. It must return when its context ends. If
+// it panics, that is an error.
 func New[K, V any](limits Limits, stats *Stats, run func(ctx context.Context, keys []K) ([]V, error)) *Batcher[K, V] {
 	return &Batcher[K, V]{limits: limits, stats: stats, run: run}
 }
 
-// Do returns the value of key, which is asked for after Do was called. It returns
-// within the budget, and waits for nothing else. Of those who wait, the preferred
-// ones go first.
+// Do looks up key, within the budget. The lookup starts after Do was called. Preferred keys
+// are looked up before others that wait.
 func (b *Batcher[K, V]) Do(key K, preferred bool) (V, error) {
 	w := &waiter[K, V]{key: key}
 	class := 1
@@ -116,8 +114,8 @@ func (b *Batcher[K, V]) Do(key K, preferred bool) (V, error) {
 	return none, ErrWaited
 }
 
-// next ends a batch, and begins another if somebody waits. That one has a goroutine
-// of its own, so that nobody's time is spent on others.
+// next is called when a batch has ended. If keys wait, it starts the next batch, on a new
+// goroutine, so that no caller works for others.
 func (b *Batcher[K, V]) next() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -140,7 +138,7 @@ func (b *Batcher[K, V]) next() {
 	}()
 }
 
-// ask gets the answers of a batch.
+// ask runs a batch.
 func (b *Batcher[K, V]) ask(batch []*waiter[K, V]) {
 	keys := make([]K, len(batch))
 	for i, w := range batch {

@@ -5,23 +5,23 @@ import (
 	"time"
 )
 
-// A Group lets callers who ask for the same key at the same time share one answer.
-// It is safe for concurrent use. The zero value is empty.
+// A Group lets concurrent callers with the same key share one call. It is safe for
+// concurrent use. The zero value is ready to use.
 type Group[K comparable, V any] struct {
 	mu    sync.Mutex
 	calls map[K]*Call[V]
 }
 
-// A Call is one answer, under way or there.
+// A Call is a call that is running or has ended.
 type Call[V any] struct {
 	Started time.Time
-	Done    chan struct{} // closed when the answer is there; nobody reads it before
+	Done    chan struct{} // closed when the call has ended; the fields below may be read then
 	Value   V
 	Err     error
 }
 
-// Join returns the call for key that is under way, or else a new one, which the
-// caller must answer, whatever happens, by [Group.Answer].
+// Join returns the running call for key. If there is none, it returns a new one, and the
+// caller must end it with [Group.Answer] in any case.
 func (g *Group[K, V]) Join(key K) (c *Call[V], first bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -36,7 +36,7 @@ func (g *Group[K, V]) Join(key K) (c *Call[V], first bool) {
 	return c, true
 }
 
-// Answer ends the call for key.
+// Answer ends a call.
 func (g *Group[K, V]) Answer(key K, c *Call[V], value V, err error) {
 	g.mu.Lock()
 	delete(g.calls, key)

@@ -1,32 +1,32 @@
-// Package bearer takes a key out of the Authorization field of a request (RFC 6750,
-// section 2.1; RFC 9110, section 11.4).
+// Package bearer parses the Authorization header of a request (RFC 6750, section 2.1; RFC
+// 9110, section 11.4).
 package bearer
 
 import "strings"
 
-// MaxKeyLen is the length in bytes from which on a key is refused unread.
+// MaxKeyLen is the maximum length of a key in bytes.
 const MaxKeyLen = 512
 
-// A Fault is why a field holds no key.
+// A Fault is the reason why a header has no key.
 type Fault int
 
-// The faults, in the order in which they are looked for.
+// The faults, in the order of the checks.
 const (
 	None    Fault = iota
-	Missing       // there is no field
-	Scheme        // its scheme is not Bearer
-	NoKey         // nothing follows the scheme
-	Invalid       // what follows is no token68, too long, or more than one
+	Missing       // there is no header
+	Scheme        // the scheme is not Bearer
+	NoKey         // nothing follows Bearer
+	Invalid       // what follows is not one token68, or too long
 )
 
-// Key returns the key in the values of the field. Several values are judged as the one
-// that RFC 9110, section 5.3, says they are equal to, and so never hold a key.
+// Key returns the key in the values of the header. It treats several values as one, as RFC
+// 9110, section 5.3, says. So a repeated header never has a key.
 func Key(values []string) (string, Fault) {
 	if len(values) == 0 {
 		return "", Missing
 	}
-	// Blanks around the value are no part of it (RFC 9110, section 5.5). Servers trim
-	// them on HTTP/1.1, but not on HTTP/2.
+	// Blanks around a value do not belong to it (RFC 9110, section 5.5). net/http trims
+	// them for HTTP/1.1 and not for HTTP/2.
 	scheme, key, more := strings.Cut(strings.Trim(strings.Join(values, ", "), " \t"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
 		if more && strings.EqualFold(scheme, "Bearer,") {

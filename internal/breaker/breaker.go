@@ -1,6 +1,6 @@
-// Package breaker is the breaker before Redis and before the stores: what fails several
-// times in a row is not asked for a while, and then by one at a time, so that an outage
-// does not cost every request its budget.
+// Package breaker is the circuit breaker in front of Redis and of the stores. What fails
+// several times in a row is not asked for a while, and then by one caller, so that in an
+// outage not every request waits for its timeout.
 package breaker
 
 import (
@@ -13,9 +13,9 @@ import (
 // For is how long a breaker stays open.
 const For = time.Second
 
-// New returns a breaker that opens after so many failures in a row. Errors that are
-// excluded count neither way; nil: none are. opens and closes are called when it leaves
-// the closed state, and when it is back.
+// New returns a breaker that opens after a number of failures in a row. Errors that excluded
+// reports are neither failures nor successes; it may be nil. opens is called when the breaker
+// opens, and closes when it is closed again.
 func New[T any](after uint32, excluded func(error) bool, opens, closes func()) *gobreaker.CircuitBreaker[T] {
 	return gobreaker.NewCircuitBreaker[T](gobreaker.Settings{
 		Timeout:     For,
@@ -32,7 +32,7 @@ func New[T any](after uint32, excluded func(error) bool, opens, closes func()) *
 	})
 }
 
-// Skipped reports whether err is that an open breaker did not ask.
+// Skipped reports whether err is the error of an open breaker.
 func Skipped(err error) bool {
 	return errors.Is(err, gobreaker.ErrOpenState) || errors.Is(err, gobreaker.ErrTooManyRequests)
 }

@@ -1,21 +1,20 @@
-// Package clock tells the age of what was read at some time, perhaps on another
-// machine, by two clocks: the monotonic one, which cannot be set, but stands still
-// while a machine is suspended, and the wall clock, which can be set.
+// Package clock tells the age of something that was read, perhaps on another machine. It
+// uses two clocks: the monotonic clock, which cannot be set but stops while the machine is
+// suspended, and the wall clock, which can be set.
 package clock
 
 import "time"
 
 var start = time.Now()
 
-// An Instant is a moment by both clocks. It takes 16 bytes.
+// An Instant is a time by both clocks.
 type Instant struct{ wall, mono int64 } // nanoseconds; mono is since start
 
-// At returns the Instant of t, which comes from [time.Now] of this process.
+// At returns the Instant of t, which must come from [time.Now] in this process.
 func At(t time.Time) Instant { return Instant{t.UnixNano(), int64(t.Sub(start))} }
 
-// Elsewhere returns the Instant of a wall clock's time on another machine, as seen
-// here at now. From then on both clocks of this machine tell its age. It reports
-// false if that time is still to come.
+// Elsewhere returns the Instant of another machine's wall-clock time, as it is seen here at
+// now. It returns false if that time is in the future.
 func Elsewhere(unixNano int64, now Instant) (Instant, bool) {
 	age := now.wall - unixNano
 	return Instant{unixNano, now.mono - age}, age >= 0
@@ -30,8 +29,8 @@ func (i Instant) UnixNano() int64 { return i.wall }
 // Time returns i by the wall clock.
 func (i Instant) Time() time.Time { return time.Unix(0, i.wall) }
 
-// Age returns the time from i to now by the clock that tells more: what one of them
-// calls old is old, and it is young only by both.
+// Age returns the time from i to now, by the clock that shows more time. So something is
+// young only if it is young by both clocks.
 func (i Instant) Age(now Instant) time.Duration {
 	return time.Duration(max(now.wall-i.wall, now.mono-i.mono))
 }

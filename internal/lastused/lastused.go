@@ -1,5 +1,5 @@
-// Package lastused gathers when things were used, and hands that on in batches: a
-// use costs an atomic load, and never waits for what is written.
+// Package lastused collects when things were used, and writes that in batches. A use costs
+// an atomic load and never waits for a write.
 package lastused
 
 import (
@@ -12,12 +12,12 @@ import (
 )
 
 const (
-	kept       = 65_536          // things that wait to be written; more are dropped
-	perBatch   = 500             // so that a batch is done soon, whatever waits for it
-	lastBudget = 5 * time.Second // for what is written in the end
+	kept       = 65_536          // things that may wait to be written; more are dropped
+	perBatch   = 500             // small, so that others do not wait long for its locks
+	lastBudget = 5 * time.Second // of the last write
 )
 
-// Uses are the uses of some things. They are safe for concurrent use.
+// Uses are uses that were not written yet. They are safe for concurrent use.
 type Uses struct {
 	interval time.Duration
 	dropped  atomic.Uint64
@@ -26,10 +26,10 @@ type Uses struct {
 	pending map[string]time.Time // by the id of the thing
 }
 
-// A Mark is when a thing was last noted. The zero value is "never".
+// A Mark is when a use of a thing was last noted. The zero value means never.
 type Mark struct{ unix atomic.Int64 }
 
-// New returns Uses that are handed on once in every interval.
+// New returns Uses that are written once per interval.
 func New(interval time.Duration) *Uses {
 	return &Uses{interval: interval, pending: map[string]time.Time{}}
 }
@@ -37,8 +37,8 @@ func New(interval time.Duration) *Uses {
 // Dropped returns how many uses were dropped.
 func (u *Uses) Dropped() uint64 { return u.dropped.Load() }
 
-// Note notes that the thing of an id and a mark was used at a time, unless that
-// was noted less than an interval ago.
+// Note notes that a thing, with its mark and id, was used at a time, unless a use was noted
+// less than an interval ago.
 func (u *Uses) Note(mark *Mark, id string, at time.Time) {
 	last, now := mark.unix.Load(), at.UnixNano()
 	if now-last >= int64(u.interval) && mark.unix.CompareAndSwap(last, now) {
@@ -58,9 +58,8 @@ func (u *Uses) add(id string, at time.Time) {
 	}
 }
 
-// Run hands on what was noted, to write, until ctx ends, and then once more. It does so
-// in batches, each in the order of the ids. What cannot be written is handed on again
-// the next time.
+// Run calls write with what was noted, once per interval until ctx ends, and once more then.
+// Each batch is in the order of the ids. What cannot be written is kept for the next time.
 func (u *Uses) Run(ctx context.Context, write func(context.Context, []string, []time.Time) error) error {
 	tick := time.NewTicker(u.interval)
 	defer tick.Stop()
@@ -68,7 +67,7 @@ func (u *Uses) Run(ctx context.Context, write func(context.Context, []string, []
 		select {
 		case <-tick.C:
 			budget, cancel := context.WithTimeout(ctx, u.interval)
-			_ = u.flush(budget, write) // tried again, and the last time tells
+			_ = u.flush(budget, write) // it is tried again; the last error counts
 			cancel()
 		case <-ctx.Done():
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastBudget)
@@ -90,7 +89,7 @@ func (u *Uses) flush(ctx context.Context, write func(context.Context, []string, 
 			times[i] = uses[id]
 		}
 		if err := write(ctx, batch, times); err != nil {
-			for id, at := range uses { // those that were written are gone
+			for id, at := range uses { // what was written has been deleted
 				u.add(id, at)
 			}
 			return err

@@ -1,4 +1,4 @@
-// Package pg is how the stores talk to PostgreSQL.
+// Package pg has what the packages that use PostgreSQL share.
 package pg
 
 import (
@@ -18,8 +18,8 @@ type DB interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
-// OneTrip is a DB whose statements are not prepared, whatever the default of DB is:
-// they pass poolers, and take one round trip.
+// OneTrip is a DB that does not prepare statements, whatever the default of DB is. So they
+// work through poolers, and take one round trip.
 type OneTrip struct{ DB DB }
 
 // Exec implements [DB].
@@ -59,8 +59,7 @@ func IsUUID(s string) bool {
 	return len(s) == 36 && u.Scan(s) == nil
 }
 
-// IsNil reports whether v is nil, or holds a nil pointer or function: what would
-// panic at the first use.
+// IsNil reports whether v is nil or a nil pointer or function.
 func IsNil(v any) bool {
 	if v == nil {
 		return true

@@ -18,18 +18,18 @@ import (
 	"github.com/trackpilots/apikey/internal/table"
 )
 
-// A Source is where a record was found.
+// A Source is the place where a record was found.
 type Source string
 
-// The places where records are found, from near to far.
+// The sources, from near to far.
 const (
 	Memory   Source = "memory"
 	Redis    Source = "redis"
 	Database Source = "store"
-	Stale    Source = "stale" // memory or Redis, past its time, since the store could not be read
+	Stale    Source = "stale" // memory or Redis: out of date, but the store could not be read
 )
 
-// Shared is what all layers of a cache have in common.
+// Shared is what the layers of a cache share.
 type Shared struct {
 	Log     *feed.Log
 	Redis   *shared.Records
@@ -39,24 +39,24 @@ type Shared struct {
 	Logger  *slog.Logger
 }
 
-// Stats counts what layers do.
+// Stats are the counters of the layers.
 type Stats struct {
 	Hits, Misses                    atomic.Uint64 // of records in Redis
 	Batches, Reads, Errors, Skipped atomic.Uint64 // of lookups in stores
 	Queue                           batch.Stats
 	Busy, StaleUses, Standby        atomic.Uint64
-	Abandoned                       atomic.Int64 // under way although their time is over
+	Abandoned                       atomic.Int64 // lookups that have not returned although their time is over
 }
 
-// A Kind is a kind of facts: S is what they are looked up by, V what is known.
+// A Kind describes a kind of facts: V is what is known about a subject S.
 type Kind[S comparable, V any] struct {
 	Name   func(S) string                       // in Redis
-	Hash   func(S) uint64                       // spreads its low bits
-	Topics func(S, *V) (feed.Topic, feed.Topic) // whose changes concern the facts; both alike if there is but one
-	Admits func(*V, time.Time) bool             // whether found facts admit a request
-	Same   func(a, b *V) bool                   // whether a store has told the same
-	Append func([]byte, *V) []byte              // the form in Redis
-	Decode func(*sealed.Decoder, *Record[V])    // its inverse
+	Hash   func(S) uint64                       // with evenly distributed low bits
+	Topics func(S, *V) (feed.Topic, feed.Topic) // what their changes are announced as; the same topic twice if there is one
+	Admits func(*V, time.Time) bool             // whether they admit a request
+	Same   func(a, b *V) bool                   // whether they are equal
+	Append func([]byte, *V) []byte              // encodes them for Redis
+	Decode func(*sealed.Decoder, *Record[V])    // the inverse of Append
 }
 
 // A Layer is the cache of one kind of facts. It is safe for concurrent use.
@@ -64,7 +64,7 @@ type Layer[S comparable, V any] struct {
 	shared *Shared
 	kind   Kind[S, V]
 	found  *table.Table[S, Record[V]]
-	absent *table.Table[S, Record[V]] // apart, so that it cannot push out what was found
+	absent *table.Table[S, Record[V]] // a table of its own, so that made-up keys do not evict others
 	calls  batch.Group[S, answer[V]]
 }
 
@@ -73,16 +73,16 @@ type answer[V any] struct {
 	source Source
 }
 
-// NewLayer returns a layer that holds at most so many found subjects, and absent
-// ones, in memory; with none or fewer it holds nothing.
+// NewLayer returns a layer that keeps up to found subjects in memory, and up to absent
+// subjects that do not exist. If found is not positive, it keeps nothing.
 func NewLayer[S comparable, V any](s *Shared, kind Kind[S, V], found, absent int) *Layer[S, V] {
 	return &Layer[S, V]{
 		shared: s, kind: kind, found: table.New[S, Record[V]](found, kind.Hash), absent: table.New[S, Record[V]](min(found, absent), kind.Hash),
 	}
 }
 
-// NewRecord returns the record of a read in which subject was not found. To make it
-// one in which it was, set Value and Found.
+// NewRecord returns the record of a read that did not find subject. If it did, set Value and
+// Found.
 func (l *Layer[S, V]) NewRecord(subject S, stamp Stamp) *Record[V] {
 	rec := &Record[V]{Stamp: stamp}
 	a, _ := l.kind.Topics(subject, &rec.Value)
@@ -90,17 +90,17 @@ func (l *Layer[S, V]) NewRecord(subject S, stamp Stamp) *Record[V] {
 	return rec
 }
 
-// Recall returns the record in memory that may decide a request at now, or nil.
+// Recall returns the record in memory if it may decide a request at now, else nil.
 func (l *Layer[S, V]) Recall(subject S, now clock.Instant) *Record[V] {
-	rec := l.held(subject)
+	rec := l.peek(subject)
 	if rec == nil || !l.Usable(subject, rec, now) {
 		return nil
 	}
 	return rec
 }
 
-// held returns the record in memory, usable or not, or nil.
-func (l *Layer[S, V]) held(subject S) *Record[V] {
+// peek returns the record in memory, usable or not, or nil.
+func (l *Layer[S, V]) peek(subject S) *Record[V] {
 	if rec := l.found.Get(subject); rec != nil {
 		return rec
 	}
@@ -113,10 +113,10 @@ func (l *Layer[S, V]) remember(subject S, rec *Record[V]) {
 		return
 	}
 	l.absent.Put(subject, rec)
-	l.found.Delete(subject) // held looks there first
+	l.found.Delete(subject) // peek looks there first
 }
 
-// later returns the record that was read later. Either may be nil.
+// later returns the record that was read later. Both may be nil.
 func later[V any](a, b *Record[V]) *Record[V] {
 	if a == nil || b != nil && a.ReadAt.Before(b.ReadAt) {
 		return b
@@ -124,11 +124,10 @@ func later[V any](a, b *Record[V]) *Record[V] {
 	return a
 }
 
-// Fetch gets the facts of subject from Redis or the store, and tells where they are
-// from. All who ask for one subject at the same time share one lookup. The first of
-// them makes it, on its own goroutine and whether its client stays or not; its time
-// is limited by the timeouts. The others leave when ctx ends. known is what the
-// caller knows already, usable or not; it may be nil.
+// Fetch gets the record of subject from Redis or the store. Concurrent callers with the same
+// subject share one lookup. The first of them makes it, within the timeouts and even if its
+// ctx ends. The others return when their ctx ends. known is a record that the caller has,
+// usable or not, or nil.
 func (l *Layer[S, V]) Fetch(ctx context.Context, subject S, known *Record[V], store *Store[S, V]) (*Record[V], Source, error) {
 	for asked := time.Now(); ; {
 		if ctx.Err() != nil {
@@ -148,8 +147,8 @@ func (l *Layer[S, V]) Fetch(ctx context.Context, subject S, known *Record[V], st
 		if call.Err != nil {
 			return nil, "", call.Err
 		}
-		// A call that had started before this request may have missed a change that was
-		// announced before it. The next one cannot have.
+		// A call that started before this request may have missed a change that was
+		// announced before the request. The next call cannot.
 		rec, source, now := call.Value.rec, call.Value.source, clock.At(time.Now())
 		if !call.Started.Before(asked) || l.Usable(subject, rec, now) || source == Stale && l.usableIfError(subject, rec, now) {
 			return rec, source, nil
@@ -157,16 +156,16 @@ func (l *Layer[S, V]) Fetch(ctx context.Context, subject S, known *Record[V], st
 	}
 }
 
-// load makes one lookup. It may not panic, since others wait for its answer.
+// load makes one lookup. It must not panic, since others wait for it.
 func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec *Record[V], source Source, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			rec, source, err = nil, "", fmt.Errorf("apikey: panic in a lookup: %v", p)
 		}
 	}()
-	held := l.held(subject)
-	if held != nil && l.Usable(subject, held, clock.At(time.Now())) { // the call before this one has just ended
-		return held, Memory, nil
+	inMemory := l.peek(subject)
+	if inMemory != nil && l.Usable(subject, inMemory, clock.At(time.Now())) { // another call has just ended
+		return inMemory, Memory, nil
 	}
 	name := l.kind.Name(subject)
 	inRedis, usable := l.get(subject, name, store)
@@ -174,7 +173,7 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec
 		l.remember(subject, inRedis)
 		return inRedis, Redis, nil
 	}
-	known = later(held, known)
+	known = later(inMemory, known)
 	latest := later(known, inRedis)
 	read, err := store.batches.Do(subject, latest != nil && latest.Found)
 	if err != nil {
@@ -193,10 +192,10 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec
 	return read.rec, Database, nil
 }
 
-// unreadable counts the error of a lookup, and reports whether the store cannot be
-// read: that is the word of the server or of the network, or their silence. Too many
-// lookups of our own, or no connection free, are not an outage: who can cause load
-// would keep a revoked key alive. But they may come of one.
+// unreadable counts the error of a lookup, and reports whether the store cannot be read: the
+// server or the network has failed or does not answer. A full queue or a busy pool is not
+// such an outage, or else whoever causes load could keep a revoked key alive. But an outage
+// may be the reason for these.
 func (l *Layer[S, V]) unreadable(err error, store *Store[S, V]) bool {
 	stats, budget := &l.shared.Stats, l.shared.Batches.Budget
 	outage := func() bool {
@@ -218,8 +217,8 @@ func (l *Layer[S, V]) unreadable(err error, store *Store[S, V]) bool {
 	return true
 }
 
-// compare looks for a change that nothing announced: other facts than those of a
-// record that no announcement has refuted while all should have been received.
+// compare looks for a change that was not announced: read differs from old, which no
+// announcement has refuted although all should have arrived.
 func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	if old == nil || old.Found == read.Found && l.kind.Same(&old.Value, &read.Value) {
 		return
@@ -231,9 +230,10 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	}
 }
 
-// get returns the record in Redis, nil if there is none that we sealed, or it is of
-// other tables than store reads, and whether it is usable. It is not as long as the
-// store has told nothing: two databases may be behind one Redis.
+// get returns the record in Redis, and whether it is usable. It returns nil if there is no
+// record, or it was not sealed under the secret, or is from other tables than those of the
+// store. No record is usable until the store was read once, which tells its tables: two
+// databases may share one Redis.
 func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Record[V], usable bool) {
 	body, err := l.shared.Redis.Get(name)
 	if err != nil && !errors.Is(err, shared.ErrRejected) {
@@ -267,9 +267,9 @@ func (l *Layer[S, V]) encode(r reading[V]) []byte {
 	return l.kind.Append(sealed.AppendString(body, rec.Snapshot.String()), &rec.Value)
 }
 
-// decode is the inverse of encode; nil for what encode did not make, and for a record
-// from the future: it comes from a replica whose clock is ahead, and would live too
-// long.
+// decode is the inverse of encode. It returns nil for anything else, and for a record from
+// the future: the clock of the replica that wrote it is ahead, and the record would be used
+// for too long.
 func (l *Layer[S, V]) decode(subject S, body []byte, now clock.Instant) (*Record[V], snapshot.Origin) {
 	d := sealed.NewDecoder(body)
 	readAt, past := clock.Elsewhere(d.Int(), now)
@@ -291,9 +291,9 @@ func (l *Layer[S, V]) decode(subject S, body []byte, now clock.Instant) (*Record
 // Name returns the name of subject's record in Redis.
 func (l *Layer[S, V]) Name(subject S) string { return l.kind.Name(subject) }
 
-// Inspect returns the record of subject in Redis, usable or not, with its name. It
-// is nil if there is none; the error is [shared.ErrRejected], or that Redis did not
-// answer.
+// Inspect returns the record of subject in Redis, usable or not, and its name. The record is
+// nil if there is none. The error is [shared.ErrRejected], or means that Redis could not be
+// read.
 func (l *Layer[S, V]) Inspect(subject S) (name string, rec *Record[V], err error) {
 	name = l.kind.Name(subject)
 	body, err := l.shared.Redis.Get(name)

@@ -1,8 +1,8 @@
-// Package readthrough is the way of a lookup: memory, then Redis, then the store.
+// Package readthrough looks up facts: in memory, then in Redis, then in the store.
 //
-// What was read is kept as a Record, with the time and the Postgres snapshot it was
-// read in, and judged when it is used: rule.go. Layer is the way itself, for one
-// kind of facts, and Store is the way to where they come from.
+// A Record has what was read, with the time and the PostgreSQL snapshot of the read.
+// rule.go decides, whenever a record is used, whether it may be. layer.go makes the lookups
+// for one kind of facts. store.go reads from the store.
 package readthrough
 
 import (
@@ -20,26 +20,26 @@ type Stamp struct {
 	ReadAt   clock.Instant     // before the statement was sent
 }
 
-// A Record is what one read told of a subject.
+// A Record is the result of one read of a subject.
 type Record[V any] struct {
 	Value V
 	Stamp
-	cleared atomic.Uint32 // the last epoch of the cell in which it was not refuted
+	cleared atomic.Uint32 // the last epoch of the cell in which it was found not refuted
 	cell    feed.Cell
-	Found   bool // false: "looked, and it is not there"
+	Found   bool // false: the store was read, and there is no such subject
 }
 
-// Limits are how long records may be used.
+// Limits are the ages up to which records may be used.
 type Limits struct {
-	MaxRefusalStaleness time.Duration // to refuse
-	MaxStaleness        time.Duration // to admit
+	MaxRefusalStaleness time.Duration // to refuse a request
+	MaxStaleness        time.Duration // to admit one
 	RefreshAfter        time.Duration // to do either, while every change is known to be announced
-	StaleIfError        time.Duration // to admit, while the store cannot be read
+	StaleIfError        time.Duration // to admit one, while the store cannot be read
 }
 
-// Usable reports whether rec may decide a request at now. It may not if a change is
-// announced that it has not seen. Otherwise it may while it is young, and longer
-// while every change is known to be announced.
+// Usable reports whether rec may decide a request at now. It may not if a change was
+// announced that it has not seen. Otherwise it may while it is young, and for longer while
+// every change is known to be announced.
 func (l *Layer[S, V]) Usable(subject S, rec *Record[V], now clock.Instant) bool {
 	if l.refuted(subject, rec) {
 		return false
@@ -53,8 +53,8 @@ func (l *Layer[S, V]) Usable(subject S, rec *Record[V], now clock.Instant) bool 
 		age < limits.MaxStaleness && admits
 }
 
-// usableIfError reports whether rec, although not usable, may admit a request at
-// now because the store cannot be read.
+// usableIfError reports whether rec may admit a request at now while the store cannot be
+// read, although it is not usable.
 func (l *Layer[S, V]) usableIfError(subject S, rec *Record[V], now clock.Instant) bool {
 	return rec.ReadAt.Age(now) < l.shared.Limits.StaleIfError && l.admits(rec, now) &&
 		!l.refuted(subject, rec) && !l.shared.Log.Foreign(rec.Snapshot)
@@ -64,7 +64,7 @@ func (l *Layer[S, V]) admits(rec *Record[V], now clock.Instant) bool {
 	return rec.Found && l.kind.Admits(&rec.Value, now.Time())
 }
 
-// refuted reports whether a change is announced that rec has not seen.
+// refuted reports whether a change was announced that rec has not seen.
 func (l *Layer[S, V]) refuted(subject S, rec *Record[V]) bool {
 	epoch := l.shared.Log.Epoch(rec.cell)
 	if rec.cleared.Load() == epoch {

@@ -14,63 +14,60 @@ import (
 )
 
 const (
-	// So many batches that fail in a row open the breaker.
+	// breakAfter is the number of batches that fail in a row before the breaker opens.
 	breakAfter = 3
 
-	// A store that finds one subject at a time is asked for this many at once, for
-	// each batch that another would be asked for.
+	// lookupsPerBatch is how many single subjects are looked up at the same time, in place
+	// of a batch, if the store cannot look up batches.
 	lookupsPerBatch = 4
 
-	// maxAbandoned bounds the lookups that a store does not return from.
+	// maxAbandoned limits the lookups that a store does not return from.
 	maxAbandoned = 64
 )
 
-// ErrBusy is the error of a lookup for which no connection was free: the store may
-// be well.
+// ErrBusy is the error of a lookup that found no free connection. The server may be well.
 var ErrBusy = errors.New("all connections are in use")
 
-// A Store is the way to where facts come from: in batches, at a limited rate, and
-// not at all for a while when it has failed.
+// A Store reads facts from a store: in batches, few at a time, and not for a while after it
+// has failed.
 type Store[S comparable, V any] struct {
 	batches *batch.Batcher[S, reading[V]]
 	adopt   func(*Record[V])
-	failed  *atomic.Int64 // when it last failed, by clock.Instant.UnixNano; 0 since it last answered
-	origin  *atomic.Int64 // what it last read, a snapshot.Origin
-	stamps  bool          // what it reads has an origin
+	failed  *atomic.Int64 // when it last failed, as clock.Instant.UnixNano; 0 after a success
+	origin  *atomic.Int64 // the snapshot.Origin of what it last read
+	stamps  bool          // it reports origins
 }
 
-// A reading is a record as it was read, and where.
+// A reading is a record and the tables that it was read from.
 type reading[V any] struct {
 	rec    *Record[V]
 	origin snapshot.Origin
 }
 
-// owns reports whether records of an origin are of the tables that the store reads, as
-// far as is known. Only what a store has read tells.
+// owns reports whether origin is that of the store's tables, and whether these are known
+// already, which they are after the first read.
 func (s *Store[S, V]) owns(origin snapshot.Origin) (owns, known bool) {
 	own := snapshot.Origin(s.origin.Load())
 	return own == origin, own != 0 || origin == 0 && !s.stamps
 }
 
-// failing reports whether the store has failed within the last d, and not answered
-// since.
+// failing reports whether the store has failed within the last d, without a success since.
 func (s *Store[S, V]) failing(now clock.Instant, d time.Duration) bool {
 	failed := s.failed.Load()
 	return failed != 0 && now.UnixNano()-failed < int64(d)
 }
 
-// A Reader reads facts, each of type F. One and Many must stamp what they read: see
-// [snapshot.Report].
+// A Reader reads facts of type F. One and Many report stamps: see [snapshot.Report].
 type Reader[S comparable, V, F any] struct {
 	Name    string                                                   // for the log
-	One     func(context.Context, S) (fact F, found bool, err error) // unused if there is Many
-	Many    func(context.Context, []S) (map[S]F, error)              // absent subjects are left out; nil: one at a time
-	Trusted bool                                                     // it is ours: it returns when its context ends, and stamps
-	Fill    func(*Record[V], F)                                      // sets the value of a record that was found
-	Adopt   func(*Record[V])                                         // changes a record that is from Redis; nil: it stays
+	One     func(context.Context, S) (fact F, found bool, err error) // not used if there is Many
+	Many    func(context.Context, []S) (map[S]F, error)              // without entries for absent subjects; nil: One is used
+	Trusted bool                                                     // a store of this module: it returns when its context ends, and reports stamps
+	Fill    func(*Record[V], F)                                      // sets the value of a record
+	Adopt   func(*Record[V])                                         // changes a record that comes from Redis; nil: nothing to change
 }
 
-// NewStore returns the way to a store for the records of a layer.
+// NewStore returns a Store that reads records for a layer.
 func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[S, V] {
 	stats, limits, many := &l.shared.Stats, l.shared.Batches, r.Many
 	if many == nil {
@@ -86,7 +83,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	if !r.Trusted {
 		many = abandonable(stats, many)
 	}
-	var fault atomic.Value // why the last lookup failed, a string
+	var fault atomic.Value // string: why the last lookup failed
 	fault.Store("")
 	guard := breaker.New[[]reading[V]](breakAfter, func(err error) bool { return errors.Is(err, ErrBusy) },
 		func() {
@@ -142,9 +139,8 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	}
 }
 
-// abandonable returns many, but so that it returns when its context ends, whatever
-// the store does. A lookup that the store does not return from goes on, and is
-// counted for as long as it does.
+// abandonable wraps many so that it returns when its context ends, even if the store does
+// not. Such a lookup is counted until the store returns.
 func abandonable[S comparable, F any](stats *Stats, many func(context.Context, []S) (map[S]F, error)) func(context.Context, []S) (map[S]F, error) {
 	type answer struct {
 		facts map[S]F
@@ -170,7 +166,7 @@ func abandonable[S comparable, F any](stats *Stats, many func(context.Context, [
 			return a.facts, a.err
 		case <-ctx.Done():
 		}
-		select { // it may honour its context, and be about to return
+		select { // a store that honours its context is about to return
 		case a := <-answers:
 			return a.facts, a.err
 		case <-time.After(time.Millisecond):

@@ -1,8 +1,7 @@
-// Package sealed is the form of a value that is kept where others can write: a
-// body of plain fields, bound by a MAC to the name that it is kept under. A
-// value that somebody made up, changed, cut off or copied to another name does
-// not open. A value that was sealed earlier for the same name does: its age is
-// for the body to tell.
+// Package sealed protects values that are stored where others can write. A value is a body
+// of plain fields with a MAC over the body and the name under which it is stored. A value
+// that somebody has made up, changed, truncated or copied to another name is rejected. An
+// older value of the same name is not: the body must tell its age.
 package sealed
 
 import (
@@ -13,23 +12,23 @@ import (
 	"time"
 )
 
-// version is part of every MAC and changes with the form of the body.
+// version is part of every MAC. It changes with the encoding of the body.
 const version = "apikey sealed value 1"
 
 // A Sealer seals and opens values. It is safe for concurrent use.
 type Sealer struct{ keys [][]byte } // the first one seals
 
-// MinSecretLen is the length in bytes that a secret must have at least.
+// MinSecretLen is the minimum length of a secret in bytes.
 const MinSecretLen = 32
 
-// NewSealer returns a Sealer under a key derived from secret, which also opens what was
-// sealed under the secrets of accepted.
+// NewSealer returns a Sealer that seals under secret, and opens what was sealed under secret
+// or one of accepted.
 func NewSealer(secret []byte, accepted ...[]byte) *Sealer {
 	s := new(Sealer)
 	for _, secret := range append([][]byte{secret}, accepted...) {
 		key, err := hkdf.Key(sha256.New, secret, nil, version, sha256.Size)
 		if err != nil {
-			panic(err) // only for lengths beyond 255 hashes
+			panic(err) // not with this length
 		}
 		s.keys = append(s.keys, key)
 	}
@@ -41,7 +40,7 @@ func (s *Sealer) Seal(name string, body []byte) []byte {
 	return append(mac(s.keys[0], name, body), body...)
 }
 
-// Open returns the body of value, and whether Seal made value for this name.
+// Open returns the body of value, and whether value was sealed for this name.
 func (s *Sealer) Open(name string, value []byte) ([]byte, bool) {
 	if len(value) < sha256.Size {
 		return nil, false
@@ -58,7 +57,7 @@ func (s *Sealer) Open(name string, value []byte) ([]byte, bool) {
 func mac(key []byte, name string, body []byte) []byte {
 	h := hmac.New(sha256.New, key)
 	h.Write([]byte(version))
-	h.Write(AppendString(nil, name)) // with its length, so that name and body cannot shift
+	h.Write(AppendString(nil, name)) // with its length, so that bytes cannot move between name and body
 	h.Write(body)
 	return h.Sum(nil)
 }
@@ -79,15 +78,15 @@ func AppendBool(b []byte, v bool) []byte {
 // AppendInt appends n to b.
 func AppendInt(b []byte, n int64) []byte { return binary.AppendVarint(b, n) }
 
-// AppendTime appends t to b, to the nanosecond and of any year. The zero time
-// stays the zero time; the location is not kept.
+// AppendTime appends t to b, with nanoseconds and any year. The zero time stays zero. The
+// location is lost.
 func AppendTime(b []byte, t time.Time) []byte {
 	b = binary.AppendVarint(b, t.Unix())
 	return binary.AppendUvarint(b, uint64(t.Nanosecond()))
 }
 
-// A Decoder reads fields in the order in which they were appended. After the
-// first fault it returns zero values, and Done reports false.
+// A Decoder reads fields in the order in which they were appended. After an error it returns
+// zero values, and Done returns false.
 type Decoder struct {
 	rest   []byte
 	failed bool
@@ -96,7 +95,7 @@ type Decoder struct {
 // NewDecoder returns a Decoder of body.
 func NewDecoder(body []byte) *Decoder { return &Decoder{rest: body} }
 
-// Done reports whether all fields were well formed and nothing is left over.
+// Done reports whether there was no error and nothing is left.
 func (d *Decoder) Done() bool { return !d.failed && len(d.rest) == 0 }
 
 // String reads a string.
@@ -151,8 +150,8 @@ func (d *Decoder) uvarint() uint64 {
 	return v
 }
 
-// skip passes over the n bytes that a varint took; none or fewer: it was cut
-// off or too long.
+// skip skips the n bytes of a varint; if n is not positive, the varint is truncated or too
+// long.
 func (d *Decoder) skip(n int) {
 	if n <= 0 || d.failed {
 		d.failed = true

@@ -1,6 +1,6 @@
-// Package shared is what all replicas share: sealed records in Redis, by name. It is
-// never worth waiting for: what is slow, missing or not sealed under the secret is a
-// miss, and what cannot be written is left out.
+// Package shared has the records in Redis, which all replicas share. They are sealed, and
+// found by name. A record that is slow, missing or not sealed under the secret is a miss. A
+// record that cannot be written is dropped.
 package shared
 
 import (
@@ -22,25 +22,25 @@ import (
 )
 
 const (
-	// So many batches that fail in a row open the breaker. Of a Redis Cluster one shard
-	// may be down, and the others of use: a batch has failed when none of its commands
-	// was answered.
+	// breakAfter is the number of batches that fail in a row before the breaker opens. In a
+	// Redis Cluster one shard may be down while the others work, so a batch has failed only
+	// if none of its commands was answered.
 	breakAfter = 10
 
-	// connectTimeout is the time to connect, which takes several round trips and so
-	// often more time than a request has.
+	// connectTimeout is how long connecting may take: several round trips, and so often
+	// longer than a request waits.
 	connectTimeout = 5 * time.Second
 )
 
-// DefaultTimeout is the time that Redis has to answer, unless the user says otherwise.
+// DefaultTimeout is how long a request waits for Redis by default.
 const DefaultTimeout = 50 * time.Millisecond
 
-// Root is what the names of all records begin with. It changes with their form.
+// Root is the beginning of all names of records. It changes with their encoding.
 const Root = "apikey:3:"
 
 var namespaceForm = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 
-// ValidNamespace reports whether s may be a part of names.
+// ValidNamespace reports whether s may be a namespace.
 func ValidNamespace(s string) bool { return namespaceForm.MatchString(s) }
 
 // Records are the records in Redis. They are safe for concurrent use.
@@ -61,14 +61,14 @@ type Records struct {
 	writing bool
 }
 
-// Stats counts what Records do.
+// Stats are the counters of Records.
 type Stats struct {
-	Queue    batch.Stats   // GETs that were not sent, since too many waited
+	Queue    batch.Stats   // GETs that were not sent because too many waited
 	Batches  atomic.Uint64 // of GETs
 	Gets     atomic.Uint64 // in them
-	Rejected atomic.Uint64 // values that were not sealed by us for their name
+	Rejected atomic.Uint64 // values that were not sealed for their name
 	Errors   atomic.Uint64 // GETs and SETs that failed or took too long
-	Skipped  atomic.Uint64 // GETs and SETs that were not sent: Redis had failed, or too many SETs waited
+	Skipped  atomic.Uint64 // GETs and SETs that were not sent: the breaker was open, or too many SETs waited
 }
 
 type reply struct {
@@ -81,7 +81,7 @@ type record struct {
 	body []byte
 }
 
-// New returns the Records of rdb, sealed by sealer, which live for ttl.
+// New returns the Records in rdb, which are sealed by sealer and live for ttl.
 func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration, logger *slog.Logger) *Records {
 	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl}
 	r.breaker = breaker.New[[]reply](breakAfter, nil,
@@ -104,11 +104,11 @@ func (r *Records) Fault() error {
 // Stats returns the counters.
 func (r *Records) Stats() *Stats { return &r.stats }
 
-// ErrRejected is the error of a value that was not sealed by us for its name.
-var ErrRejected = errors.New("the value in Redis was not sealed by us for its name")
+// ErrRejected is the error of a value that was not sealed for its name.
+var ErrRejected = errors.New("the value in Redis is not sealed under this secret for its name")
 
-// Get returns the body of a record; nil if there is none. Other errors than
-// ErrRejected are that Redis was not asked or did not answer.
+// Get returns the body of a record, or nil if there is none. Any error but ErrRejected means
+// that Redis was not asked or did not answer.
 func (r *Records) Get(name string) ([]byte, error) {
 	answer, err := r.gets.Do(name, true)
 	if err == nil {
@@ -169,9 +169,8 @@ func (r *Records) getBatch(ctx context.Context, names []string) ([]reply, error)
 	})
 }
 
-// failed notes a failure. If it was for want of time, that may have been spent on
-// connecting: then connections are made that later batches find, at leisure, by asking
-// for name.
+// failed notes a failure. After a timeout, which connecting may have caused, it opens
+// connections in the background, with a GET of name, for later batches to use.
 func (r *Records) failed(err error, name string) {
 	r.fault.Store(&err)
 	network, is := errors.AsType[net.Error](err)
@@ -183,7 +182,7 @@ func (r *Records) failed(err error, name string) {
 	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
 	for range r.limits.AtOnce {
 		all.Go(func() {
-			defer func() { _ = recover() }() // a hook of the client's: it must not end the process
+			defer func() { _ = recover() }() // a hook of the client must not end the process
 			_ = r.rdb.Get(ctx, name).Err()
 		})
 	}
@@ -194,7 +193,7 @@ func (r *Records) failed(err error, name string) {
 	}()
 }
 
-// Set puts a record in Redis, some time soon.
+// Set writes a record to Redis soon, in the background.
 func (r *Records) Set(name string, body []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -209,7 +208,7 @@ func (r *Records) Set(name string, body []byte) {
 	}
 }
 
-// write writes what is pending, one batch after the other, until nothing is.
+// write writes batches until nothing is pending.
 func (r *Records) write() {
 	for {
 		r.mu.Lock()
@@ -228,7 +227,7 @@ func (r *Records) write() {
 
 func (r *Records) setBatch(batch []record) {
 	defer func() {
-		if recover() != nil { // a hook of the client's: it must not end the process
+		if recover() != nil { // a hook of the client must not end the process
 			r.stats.Errors.Add(uint64(len(batch)))
 		}
 	}()

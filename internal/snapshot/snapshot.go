@@ -1,7 +1,6 @@
-// Package snapshot is the stamp on every record that is read from Postgres: the
-// snapshot that the reading statement ran in, as pg_current_snapshot() prints
-// it. The stamp tells which transactions a record has seen, whatever way and
-// however late the record arrived.
+// Package snapshot is the stamp on every record that is read from PostgreSQL: the snapshot
+// of the reading statement, as pg_current_snapshot() prints it. The stamp tells which
+// transactions a record has seen, however the record came here and however late.
 //
 // https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
 package snapshot
@@ -15,33 +14,32 @@ import (
 	"sync"
 )
 
-// A Snapshot is a parsed pg_snapshot, and the server that it is of. The zero value is
-// "no stamp": it has seen no transaction. Snapshots are immutable.
+// A Snapshot is a parsed pg_snapshot with its server. The zero value means "no stamp" and
+// has seen no transaction. Snapshots are immutable.
 type Snapshot struct {
 	server     Server
-	xmin, xmax uint64    // all before xmin have ended; none from xmax on has
-	xip        *[]uint64 // in progress, xmin <= x < xmax, ascending; nil: none, which is the rule and takes less memory
+	xmin, xmax uint64    // all transactions before xmin have ended, and none from xmax on
+	xip        *[]uint64 // transactions in progress, xmin <= x < xmax, ascending; nil: none, which is common
 }
 
-// A Server tells databases, and the runs of servers that they are on, apart. Transaction
-// ids of two runs have to do with each other only if their histories are the same. 0 is
-// not known.
+// A Server identifies a database and the run of the server that it is on. Transaction ids of
+// two runs can be compared only if both have the same history. 0 means unknown.
 type Server int64
 
-// On returns s as a snapshot of a server.
+// On returns s with another server.
 func (s Snapshot) On(server Server) Snapshot {
 	s.server = server
 	return s
 }
 
-// Server returns the server that s is of.
+// Server returns the server of s.
 func (s Snapshot) Server() Server { return s.server }
 
-// XMax returns the first transaction id that no transaction had when s was taken.
+// XMax returns the first transaction id that was not assigned when s was taken.
 func (s Snapshot) XMax() uint64 { return s.xmax }
 
-// Includes reports whether s has seen all that other has seen. Of two snapshots of a
-// server, the later one includes the earlier one.
+// Includes reports whether s has seen every transaction that other has seen. A later snapshot
+// of a server includes an earlier one.
 func (s Snapshot) Includes(other Snapshot) bool {
 	if s.server != other.server || s.xmax < other.xmax {
 		return false
@@ -79,7 +77,7 @@ func Parse(s string) (Snapshot, error) {
 	return snap, nil
 }
 
-// ParseOptional is Parse, but takes "" for the zero Snapshot, as String prints it.
+// ParseOptional is like Parse, and returns the zero Snapshot for "".
 func ParseOptional(s string) (Snapshot, error) {
 	if s == "" {
 		return Snapshot{}, nil
@@ -87,8 +85,8 @@ func ParseOptional(s string) (Snapshot, error) {
 	return Parse(s)
 }
 
-// parseXID reads a decimal xid8 in the one form that Postgres prints, so that
-// Parse and String are each other's inverse.
+// parseXID reads a decimal xid8 only as PostgreSQL prints it, so that String is the inverse
+// of Parse.
 func parseXID(s string) (uint64, error) {
 	x, err := strconv.ParseUint(s, 10, 64)
 	if err == nil && s[0] == '0' && s != "0" {
@@ -97,7 +95,7 @@ func parseXID(s string) (uint64, error) {
 	return x, err
 }
 
-// String is the form that Parse reads; empty for the zero Snapshot.
+// String returns what Parse reads; "" for the zero Snapshot.
 func (s Snapshot) String() string {
 	if s.IsZero() {
 		return ""
@@ -115,11 +113,10 @@ func (s Snapshot) String() string {
 	return string(b)
 }
 
-// IsZero reports whether s is "no stamp".
+// IsZero reports whether s is the zero Snapshot.
 func (s Snapshot) IsZero() bool { return s.xmin == 0 }
 
-// Sees reports whether the effects of transaction x, once it has committed, are
-// visible in s.
+// Sees reports whether s has seen transaction x, if x was committed.
 func (s Snapshot) Sees(x uint64) bool {
 	if x < s.xmin {
 		return true
@@ -138,9 +135,8 @@ func (s Snapshot) running() []uint64 {
 	return *s.xip
 }
 
-// A Collector receives the stamp of the read that is made under its context. It
-// travels in the context, and not in the answer, so that stores wrapped in a
-// caller's own decorators keep their stamps, and so that "absent" has one too.
+// A Collector receives the stamp of a read. It is in the context of the read and not in its
+// result, so that the stamps of decorated stores arrive, and "absent" has a stamp, too.
 type Collector struct {
 	mu      sync.Mutex
 	reads   int
@@ -149,20 +145,20 @@ type Collector struct {
 	origin  Origin
 }
 
-// An Origin tells tables apart: those of one run of a server, in one database, found by
-// one search_path. 0 is not known.
+// An Origin identifies tables: the run of the server, the database, and the tables that the
+// search_path finds. 0 means unknown.
 type Origin int64
 
 type collectorKey struct{}
 
-// Collect returns a context for one read, and the Collector of its stamp.
+// Collect returns a context for one read, and the Collector that receives its stamp.
 func Collect(ctx context.Context) (context.Context, *Collector) {
 	c := new(Collector)
 	return context.WithValue(ctx, collectorKey{}, c), c
 }
 
-// ReportStandby notes that the read under way is of a standby. It has no stamp: a
-// standby lags, and its snapshots leave out running transactions.
+// ReportStandby reports that a standby was read. There is no stamp: a standby lags behind,
+// and its snapshots do not have running transactions.
 func ReportStandby(ctx context.Context) {
 	if c, ok := ctx.Value(collectorKey{}).(*Collector); ok {
 		c.mu.Lock()
@@ -171,7 +167,7 @@ func ReportStandby(ctx context.Context) {
 	}
 }
 
-// ReportOrigin notes which tables the read under way is of.
+// ReportOrigin reports which tables were read.
 func ReportOrigin(ctx context.Context, origin Origin) {
 	if c, ok := ctx.Value(collectorKey{}).(*Collector); ok {
 		c.mu.Lock()
@@ -180,8 +176,8 @@ func ReportOrigin(ctx context.Context, origin Origin) {
 	}
 }
 
-// Report stamps the read under way with text, the pg_current_snapshot() of the
-// statement that read, and the server. Without a Collector in ctx it does nothing.
+// Report reports the pg_current_snapshot() of the reading statement and the server. It does
+// nothing if ctx has no Collector.
 func Report(ctx context.Context, text string, server Server) {
 	c, ok := ctx.Value(collectorKey{}).(*Collector)
 	if !ok {
@@ -189,7 +185,7 @@ func Report(ctx context.Context, text string, server Server) {
 	}
 	snap, err := Parse(text)
 	if err != nil {
-		snap = Snapshot{} // an unreadable stamp is no stamp
+		snap = Snapshot{} // no stamp
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -197,8 +193,8 @@ func Report(ctx context.Context, text string, server Server) {
 	c.snap = snap.On(server)
 }
 
-// Snapshot returns the collected stamp. It is zero unless exactly one read
-// reported: an answer put together from several reads has no one snapshot.
+// Snapshot returns the stamp. It is zero unless exactly one statement has reported: a result
+// of several statements has no single snapshot.
 func (c *Collector) Snapshot() Snapshot {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -208,7 +204,7 @@ func (c *Collector) Snapshot() Snapshot {
 	return c.snap
 }
 
-// Origin returns which tables were read; 0 if that was not reported.
+// Origin returns which tables were read, or 0.
 func (c *Collector) Origin() Origin {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,8 +1,7 @@
-// Package table is the in-process table of the cache: a bounded map, safe for
-// concurrent use. A hit takes no lock and writes at most one flag. When the table
-// is full, SIEVE decides what goes: what has not been used since the hand last
-// passed (Zhang et al., NSDI 2024, https://cachemon.github.io/SIEVE-website/).
-// Nothing goes while there is room, and memory is taken as it fills.
+// Package table is the cache's map in memory. It is bounded and safe for concurrent use. A
+// hit takes no lock and writes at most one flag. When the table is full, SIEVE chooses what
+// to evict: entries that were not used since its hand last passed (Zhang et al., NSDI 2024,
+// https://cachemon.github.io/SIEVE-website/). Memory grows with the number of entries.
 package table
 
 import (
@@ -18,13 +17,13 @@ type Table[K comparable, V any] struct {
 	limit   int
 	buckets atomic.Pointer[[]bucket[K, V]]
 
-	mu             sync.Mutex // held by whoever changes what is below, or a chain
+	mu             sync.Mutex // held to change the fields below, or a chain
 	size           int
 	newest, oldest *entry[K, V]
 	hand           *entry[K, V] // the next candidate for eviction; nil: the oldest
 }
 
-// A bucket is a chain of entries with hashes alike.
+// A bucket is a chain of entries whose hashes end in the same bits.
 type bucket[K comparable, V any] struct{ first atomic.Pointer[entry[K, V]] }
 
 type entry[K comparable, V any] struct {
@@ -35,8 +34,8 @@ type entry[K comparable, V any] struct {
 	used         atomic.Bool // since the hand passed
 }
 
-// New returns a table of at most limit entries; with a limit of zero or less it
-// holds nothing. The hash must spread its low bits.
+// New returns a table of at most limit entries; if limit is zero or negative, it stays
+// empty. The low bits of the hash must be evenly distributed.
 func New[K comparable, V any](limit int, hash func(K) uint64) *Table[K, V] {
 	t := &Table[K, V]{hash: hash, limit: limit}
 	buckets := make([]bucket[K, V], minBuckets)
@@ -44,7 +43,7 @@ func New[K comparable, V any](limit int, hash func(K) uint64) *Table[K, V] {
 	return t
 }
 
-// Get returns what Put last stored under key, or nil.
+// Get returns the value of key, or nil.
 func (t *Table[K, V]) Get(key K) *V {
 	for e := t.bucket(key).first.Load(); e != nil; e = e.next.Load() {
 		if e.key == key {
@@ -54,11 +53,10 @@ func (t *Table[K, V]) Get(key K) *V {
 			return e.value.Load()
 		}
 	}
-	return nil // or the entry is just being moved by grow: then it is a miss too
+	return nil // grow may be moving the entry: that is a miss, too
 }
 
-// Put stores value under key. If the table is full and key is new, another entry
-// goes.
+// Put sets the value of key. If the table is full and key is new, it evicts an entry.
 func (t *Table[K, V]) Put(key K, value *V) {
 	if t.limit <= 0 {
 		return
@@ -91,7 +89,7 @@ func (t *Table[K, V]) Put(key K, value *V) {
 	t.size++
 }
 
-// Delete forgets key.
+// Delete removes key.
 func (t *Table[K, V]) Delete(key K) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -127,8 +125,8 @@ func (t *Table[K, V]) evict() {
 	t.remove(e)
 }
 
-// remove removes e. The caller holds the lock. Readers that stand on e go on along
-// its chain.
+// remove removes e. The caller holds the lock. Readers that are at e can go on along its
+// chain.
 func (t *Table[K, V]) remove(e *entry[K, V]) {
 	link := &t.bucket(e.key).first
 	for link.Load() != e {
@@ -152,9 +150,9 @@ func (t *Table[K, V]) remove(e *entry[K, V]) {
 	t.size--
 }
 
-// grow doubles the buckets. The caller holds the lock. A reader that stands on an
-// entry while it is moved may follow it into another chain and miss; it does not
-// run in circles, since an entry only ever leads to those moved before it.
+// grow doubles the number of buckets. The caller holds the lock. A reader that is at an
+// entry while it is moved may follow it into another chain and miss. It does not go round
+// in circles, since an entry leads only to entries that were moved before it.
 func (t *Table[K, V]) grow() {
 	buckets := make([]bucket[K, V], 2*len(*t.buckets.Load()))
 	for e := t.newest; e != nil; e = e.older {
