@@ -67,11 +67,11 @@ func TestLogger(t *testing.T) {
 			t.Errorf("it is told\n%s", told)
 		}
 	}
-	says("changes are heard")
+	says("announcements are heard")
 	postgres.Set(t, testservers.Reset)
 	rdb.Set(t, testservers.Reset)
-	says("changes are not heard", "Redis is not used", "a store is not asked")
+	says("announcements are not heard", "Redis is not used", "a store is not asked")
 	postgres.Set(t, testservers.Healthy)
 	rdb.Set(t, testservers.Healthy)
-	says("changes are heard", "Redis is used again", "a store is asked again")
+	says("announcements are heard", "Redis is used again", "a store is asked again")
 }

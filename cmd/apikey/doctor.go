@@ -1,6 +1,6 @@
 package main
 
-// doctor: whether the database and Redis are as the middleware needs them.
+// The command doctor: checks of the database and Redis.
 
 import (
 	"context"
@@ -32,7 +32,7 @@ const (
 	stateFault   = "FAULT"
 )
 
-// errFaults is what doctor ends with when it has found and printed faults.
+// errFaults is the error of doctor after it has printed faults.
 var errFaults = errors.New("faults were found")
 
 func doctor(ctx context.Context, a *app, args []string) error {
@@ -133,7 +133,7 @@ func checkLookups(ctx context.Context, pool *pgxpool.Pool) (state, detail string
 	return stateOK, fmt.Sprintf("key and plan in %v", time.Since(start).Round(10*time.Microsecond)), nil
 }
 
-// trigger is an announcing trigger as the catalogue has it.
+// trigger is an announcing trigger in the catalogue.
 type trigger struct {
 	Table, Name, Definition string
 	Enabled, Always         bool
@@ -236,8 +236,7 @@ func checkAnnouncements(ctx context.Context, pool *pgxpool.Pool) (state, detail 
 	return stateOK, fmt.Sprintf("a NOTIFY arrives after %v", time.Since(start).Round(10*time.Microsecond)), nil
 }
 
-// checkQueue looks at what listeners have not been sent yet. When the queue is full,
-// nothing can be announced.
+// checkQueue checks the notification queue. When it is full, nothing can be announced.
 func checkQueue(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
 	var full float64
 	if err := pool.QueryRow(ctx, `SELECT pg_notification_queue_usage()`).Scan(&full); err != nil {
@@ -255,9 +254,9 @@ func checkQueue(ctx context.Context, pool *pgxpool.Pool) (state, detail string, 
 	return stateOK, detail, nil
 }
 
-// checkSessions looks for sessions that hold up the notification queue or VACUUM: those
-// in a transaction, or that do not read, for a long time. Sessions of other roles are
-// only seen by a role that may.
+// checkSessions looks for sessions that hold up the notification queue or VACUUM, because they
+// have been in a transaction, or have not read, for a long time. Not every role sees the
+// sessions of others.
 func checkSessions(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
 	rows, err := pool.Query(ctx, `
 		SELECT format('pid %s (%s, %s)', pid, coalesce(nullif(application_name, ''), 'no application_name'),

@@ -1,6 +1,6 @@
 package main
 
-// explain: the way of a request, with what is on record at each step.
+// The command explain: what happens to a request with a key, and why.
 
 import (
 	"context"
@@ -22,22 +22,22 @@ import (
 	"github.com/trackpilots/apikey/internal/shared"
 )
 
-// An explanation is what is known of one key, and what follows.
+// An explanation has the facts of a key, and the decision.
 type explanation struct {
-	Header string       `json:"header"` // what the Authorization header is found to be
+	Header string       `json:"header"` // what is right or wrong with the Authorization header
 	Key    *keyJSON     `json:"key"`
 	Plan   *planJSON    `json:"plan"`
 	Redis  []recordJSON `json:"redis"`
 
-	RedisFault string `json:"redisFault,omitempty"` // why Redis could not be looked at
+	RedisFault string `json:"redisFault,omitempty"` // why Redis could not be read
 
 	Code    string `json:"code"` // "" is admitted
 	Verdict string `json:"verdict"`
 
-	hash *apikey.KeyHash // nil: the header holds no key that could be looked up
+	hash *apikey.KeyHash // nil: the header has no key that could be looked up
 }
 
-// A recordJSON is what Redis holds.
+// A recordJSON is a record in Redis.
 type recordJSON struct {
 	Name     string     `json:"name"`
 	State    string     `json:"state"`
@@ -88,8 +88,8 @@ func explain(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-// headerOf returns the value of the Authorization header that a line stands for: a key,
-// the value itself, or the line of a request.
+// headerOf returns the value of the Authorization header for a line of input, which is a key,
+// the value itself, or the whole header.
 func headerOf(line string) string {
 	if name, value, ok := strings.Cut(line, ":"); ok && strings.EqualFold(strings.TrimSpace(name), "Authorization") {
 		return strings.TrimSpace(value)
@@ -100,8 +100,7 @@ func headerOf(line string) string {
 	return "Bearer " + line
 }
 
-// explainKey looks at the facts in PostgreSQL, past all caches. The verdict is that
-// of the middleware itself.
+// explainKey reads the facts from PostgreSQL, without a cache, and lets the middleware decide.
 func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*explanation, error) {
 	keys, plans := apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool)
 	e := new(explanation)
@@ -120,7 +119,7 @@ func explainKey(ctx context.Context, pool *pgxpool.Pool, header, id string) (*ex
 			return keys.Key(ctx, info.Hash)
 		}), plans, "Bearer the-key-by-its-id")
 	} else {
-		// The middleware takes the header apart; what it looks for tells the hash.
+		// The middleware parses the header, and asks the store for the hash.
 		verdict = authenticate(ctx, apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
 			e.hash = &h
 			return keys.Key(ctx, h)
@@ -161,7 +160,7 @@ func authenticate(ctx context.Context, keys apikey.KeyStore, plans apikey.PlanSt
 	return err
 }
 
-// reasonOfHeader says what is wrong with a header, without repeating it.
+// reasonOfHeader says what is wrong with a header, and does not repeat it.
 func reasonOfHeader(header string, verdict error) string {
 	switch {
 	case errors.Is(verdict, apikey.ErrInvalidAPIKeySchema):
@@ -182,7 +181,7 @@ func reasonOfHeader(header string, verdict error) string {
 	return "it holds characters that a key cannot have"
 }
 
-// reason says why the key is refused, from the facts.
+// reason says why the key is refused.
 func (e *explanation) reason() string {
 	now := time.Now()
 	switch {
@@ -206,7 +205,7 @@ func (e *explanation) reason() string {
 	return "the facts have just changed: try again"
 }
 
-// addRedis adds what Redis holds of the key and the plan, and how it differs.
+// addRedis adds the records of the key and the plan in Redis, and how they differ.
 func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) error {
 	secret := os.Getenv("APIKEY_CACHE_SECRET")
 	if len(secret) < sealed.MinSecretLen {

@@ -1,6 +1,6 @@
 package main
 
-// What the commands share: flags, connections, and output for people or programs.
+// What the commands share: flags, connections, input and output.
 
 import (
 	"context"
@@ -37,14 +37,14 @@ func newFlags(a *app, command string) *flagSet {
 	return f
 }
 
-// must is a string flag that has to be given.
+// must adds a required string flag.
 func (f *flagSet) must(name, usage string) *string {
 	f.required = append(f.required, name)
 	return f.String(name, "", usage+" (required)")
 }
 
-// env is a string flag whose default is in the environment. That is not the flag's
-// default for package flag, which would print it: it may hold a password.
+// env adds a string flag whose default is an environment variable. Package flag does not know
+// this default, since it would print it, and it may contain a password.
 func (f *flagSet) env(name, variable, usage string) *string {
 	f.fromEnv[name] = variable
 	return f.String(name, "", usage+" (default $"+variable+")")
@@ -62,7 +62,7 @@ func (f *flagSet) jsonOutput() {
 	f.json = f.Bool("json", false, "print JSON; errors, too")
 }
 
-// parse parses a command's arguments, of which none may be left over.
+// parse parses the arguments of a command. None may be left over.
 func (f *flagSet) parse(args []string) error {
 	if err := f.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return err
@@ -88,7 +88,7 @@ func (f *flagSet) parse(args []string) error {
 	return nil
 }
 
-// misused says what is wrong with the arguments.
+// misused prints what is wrong with the arguments.
 func (f *flagSet) misused(format string, args ...any) error {
 	fmt.Fprintf(f.app.stderr, "apikey %s: %s\n'apikey %s -h' lists the flags\n", f.Name(), fmt.Sprintf(format, args...), f.Name())
 	return errUsage
@@ -100,10 +100,10 @@ func (f *flagSet) given(name string) (given bool) {
 	return given
 }
 
-// never is what flags say for no end.
+// never is the value of flags for no end.
 const never = "never"
 
-// instant reads the value of a flag that is a time: RFC 3339, a time from now such as
+// instant returns the value of a flag that is a time: RFC 3339, a duration from now such as
 // 720h or 30d, or never, which is the zero time.
 func (f *flagSet) instant(name string) (time.Time, error) {
 	text := f.Lookup(name).Value.String()
@@ -120,7 +120,7 @@ func (f *flagSet) instant(name string) (time.Time, error) {
 	return at, nil
 }
 
-// parseDuration is time.ParseDuration, and takes days and weeks, too, as whole numbers.
+// parseDuration is like time.ParseDuration, and also accepts whole days (7d) and weeks (2w).
 func parseDuration(text string) (time.Duration, error) {
 	for unit, d := range map[string]time.Duration{"d": 24 * time.Hour, "w": 7 * 24 * time.Hour} {
 		if n, ok := strings.CutSuffix(text, unit); ok {
@@ -132,7 +132,7 @@ func parseDuration(text string) (time.Duration, error) {
 	return time.ParseDuration(text)
 }
 
-// duration is a flag that is a duration; see parseDuration.
+// duration adds a flag that is a duration: see parseDuration.
 func (f *flagSet) duration(name string, value time.Duration, usage string) *time.Duration {
 	f.Func(name, usage, func(text string) (err error) {
 		if value, err = parseDuration(text); err != nil {
@@ -150,11 +150,11 @@ func openPostgres(ctx context.Context, databaseURL string) (*pgxpool.Pool, error
 	}
 	config, err := pgxpool.ParseConfig(databaseURL)
 	if err != nil {
-		// What is wrong is not told, since it may quote the password.
+		// The error may quote the password.
 		return nil, errors.New("the PostgreSQL URL cannot be parsed: use postgres://user:password@host:5432/database, and write %40 for @, %2F for / and %25 for % in the password")
 	}
 	config.ConnConfig.ConnectTimeout = connectTimeout
-	config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec // which poolers bear
+	config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec // works through poolers
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
 		return nil, err
@@ -166,7 +166,7 @@ func openPostgres(ctx context.Context, databaseURL string) (*pgxpool.Pool, error
 	return pool, nil
 }
 
-// withPostgres runs a command on the database that its flags name.
+// withPostgres runs do with a pool on a database.
 func withPostgres(ctx context.Context, databaseURL string, do func(*pgxpool.Pool) error) error {
 	pool, err := openPostgres(ctx, databaseURL)
 	if err != nil {
@@ -176,7 +176,7 @@ func withPostgres(ctx context.Context, databaseURL string, do func(*pgxpool.Pool
 	return do(pool)
 }
 
-// advice says what to do about an error of PostgreSQL; "" if there is nothing to say.
+// advice returns what to do about an error of PostgreSQL, or "".
 func advice(err error) string {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	if !ok {
@@ -211,7 +211,7 @@ func (f *flagSet) print(value any, text func(w io.Writer)) error {
 	return w.Flush()
 }
 
-// row prints the cells of a table's row, or of its head.
+// row prints a row of a table.
 func row(w io.Writer, cells ...any) {
 	texts := make([]string, len(cells))
 	for i, cell := range cells {
@@ -226,8 +226,8 @@ func row(w io.Writer, cells ...any) {
 	fmt.Fprintln(w, strings.Join(texts, "\t"))
 }
 
-// readLines returns the lines of standard input, without blanks around them, and
-// without those that are empty. It gives up when ctx ends.
+// readLines returns the lines of standard input without blanks around them and without empty
+// lines. It returns an error when ctx ends.
 func (a *app) readLines(ctx context.Context) ([]line, error) {
 	type answer struct {
 		text []byte
@@ -263,7 +263,7 @@ func (a *app) readLines(ctx context.Context) ([]line, error) {
 
 const maxInput = 64 << 20
 
-// A line is one of standard input, with its number.
+// A line of standard input has a number.
 type line struct {
 	n    int
 	text string

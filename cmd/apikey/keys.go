@@ -1,6 +1,6 @@
 package main
 
-// migrate, keys and plan: what the stores do, on the command line.
+// The commands migrate, keys and plan.
 
 import (
 	"context"
@@ -34,8 +34,7 @@ func migrate(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-// keyJSON is a key for programs. Key is the key itself, and only ever that of one
-// that was just made.
+// keyJSON is a key as JSON. Key is the key itself, only if it was just created.
 type keyJSON struct {
 	ID          string     `json:"id"`
 	OrgID       string     `json:"orgId"`
@@ -55,7 +54,7 @@ func toJSON(k admin.KeyInfo, secret admin.Secret) keyJSON {
 	}
 }
 
-// A keyMaker is the flags of a command that makes keys.
+// A keyMaker has the flags of a command that creates keys.
 type keyMaker struct {
 	*flagSet
 	databaseURL, org, name *string
@@ -83,8 +82,8 @@ func (m keyMaker) parseKey(args []string) (admin.NewKey, error) {
 	return k, nil
 }
 
-// show makes a key and prints it before that takes effect, so that no key is made, and
-// none ended, that nobody has seen.
+// show creates a key in a transaction, and prints it before the commit, so that nothing changes
+// if nobody has seen the key.
 func (m keyMaker) show(ctx context.Context, makeKey func(*admin.Keys) (admin.KeyInfo, admin.Secret, error)) error {
 	return withPostgres(ctx, *m.databaseURL, func(pool *pgxpool.Pool) error {
 		shown := false
@@ -106,7 +105,7 @@ func (m keyMaker) show(ctx context.Context, makeKey func(*admin.Keys) (admin.Key
 	})
 }
 
-// printNew prints a key that was just made, with its secret.
+// printNew prints a new key with its secret.
 func (f *flagSet) printNew(info admin.KeyInfo, secret admin.Secret) error {
 	return f.print(toJSON(info, secret), func(w io.Writer) {
 		row(w, "id", info.ID)
@@ -191,7 +190,7 @@ func changeKey(
 	})
 }
 
-// keysDeactivateAll makes all keys of an organisation dead.
+// keysDeactivateAll deactivates all keys of an organisation.
 func keysDeactivateAll(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "keys deactivate-all")
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
@@ -210,7 +209,7 @@ func keysDeactivateAll(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-// keysPrune deletes keys that are long dead.
+// keysPrune deletes keys that expired long ago.
 func keysPrune(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "keys prune")
 	databaseURL := f.databaseURL("PostgreSQL `URL`")
@@ -240,7 +239,7 @@ func keysPrune(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-// dryRun runs do in a transaction, and takes it back if dry.
+// dryRun runs do in a transaction, and rolls it back if dry.
 func dryRun(ctx context.Context, pool *pgxpool.Pool, dry bool, do func(pgx.Tx) error) error {
 	errDry := errors.New("dry run")
 	err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error {
@@ -255,7 +254,7 @@ func dryRun(ctx context.Context, pool *pgxpool.Pool, dry bool, do func(pgx.Tx) e
 	return err
 }
 
-// noSuchKey does not repeat the id, since it may be a key that was given for one.
+// noSuchKey does not repeat the id, since it may be a key by mistake.
 func noSuchKey(org string) error {
 	return fmt.Errorf("organisation %q has no key with this id: 'apikey keys list' shows those it has%w", org, errNotThere)
 }
@@ -347,8 +346,8 @@ func planDefine(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-// planSet changes what it is told to. An organisation without a subscription gets
-// one, which needs a tier.
+// planSet changes the given properties of a plan. If there is no plan, it creates one, which
+// needs a tier.
 func planSet(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "plan set")
 	databaseURL, org := f.databaseURL("PostgreSQL `URL`"), f.must("org", "the `id` of the organisation")
@@ -398,7 +397,7 @@ func planSet(ctx context.Context, a *app, args []string) error {
 	})
 }
 
-// planJSON is a plan for programs.
+// planJSON is a plan as JSON.
 type planJSON struct {
 	OrgID     string     `json:"orgId"`
 	Tier      string     `json:"tier"`

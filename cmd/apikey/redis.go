@@ -1,6 +1,6 @@
 package main
 
-// Redis as the library finds it: one server, a cluster, or a primary behind Sentinel.
+// Connecting to Redis: a server, a cluster, or a primary behind Sentinel.
 
 import (
 	"context"
@@ -16,8 +16,8 @@ import (
 	"github.com/trackpilots/apikey/internal/shared"
 )
 
-// probeName is written and read to see whether Redis can be used. It begins as all names
-// do, since an ACL may allow these only.
+// probeName is written and read to check Redis. It begins like all names, since an ACL may
+// allow no others.
 const probeName = shared.Root + "doctor"
 
 // openRedis connects to redisURL, which may be that of a node of a Redis Cluster, or of a
@@ -28,7 +28,7 @@ func openRedis(ctx context.Context, redisURL string) (redis.UniversalClient, err
 	defer cancel()
 	rdb, err := newRedis(redisURL)
 	if err != nil {
-		// What is wrong is not told, since it may quote the password.
+		// The error may quote the password.
 		return nil, errors.New("the Redis URL cannot be parsed: use redis://user:password@host:6379/0, or rediss:// for TLS, and write %40 for @, %2F for / and %25 for % in the password")
 	}
 	// Not PING: an ACL may allow GET and SET only. Some of these are on other nodes.
@@ -69,7 +69,7 @@ func newRedis(redisURL string) (redis.UniversalClient, error) {
 	return redis.NewClient(opts), nil
 }
 
-// checkRedis does what a cache does.
+// checkRedis does a SET and a GET, as a cache does.
 func checkRedis(ctx context.Context, rdb redis.UniversalClient) finding {
 	err := rdb.Set(ctx, probeName, "ok", time.Second).Err()
 	var took time.Duration

@@ -8,10 +8,10 @@ import (
 	"github.com/trackpilots/apikey/internal/clock"
 )
 
-// Channel is where the triggers of the migrations announce.
+// Channel is the NOTIFY channel of the migrations.
 const Channel = "apikey_changes"
 
-// The kinds of announcements: "key <xid> <first 8 bytes of the hash, in hex>",
+// The forms of announcements: "key <xid> <first 8 bytes of the hash, in hex>",
 // "plan <xid> <organisation>", "tier <xid> <name>", "keys <xid>", "plans <xid>",
 // "all <xid>", "beat <xid>".
 const (
@@ -28,7 +28,7 @@ type announcement struct {
 	kind    string
 	xid     uint64
 	subject string
-	key     uint64 // of kindKey: the subject as a number
+	key     uint64 // the subject of kindKey as a number
 }
 
 func parse(payload string) (a announcement, err error) {
@@ -55,7 +55,7 @@ func parse(payload string) (a announcement, err error) {
 	return a, nil
 }
 
-// enter enters what was announced in log.
+// enter adds the announcement to log.
 func (a announcement) enter(log *Log, now clock.Instant) {
 	switch a.kind {
 	case kindKey:

@@ -13,19 +13,19 @@ import (
 )
 
 const (
-	minBackoff    = 500 * time.Millisecond // a fleet that reconnects at once is spread over this
+	minBackoff    = 500 * time.Millisecond // also spreads a fleet that reconnects at the same time
 	maxBackoff    = 5 * time.Second
 	poolerBackoff = 2 * time.Minute
-	remindEvery   = time.Minute // the logger, of what has been told before
+	remindEvery   = time.Minute // how often an outage is logged again
 )
 
-// Follow fills log with what is announced on Channel until ctx ends. It listens on a
-// connection of its own, which is made as those of pool are, but without the pool's
-// hooks. After any fault it starts a new session.
+// Follow adds what is announced on Channel to log until ctx ends. It listens on a connection
+// of its own, with the settings of pool but without its hooks. After any fault it starts a
+// new session.
 func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	defer log.asked.Store(0)
 	backoff := minBackoff
-	var told time.Time // when the logger was
+	var logged time.Time // when the present outage was
 	for {
 		err := guarded(func() error {
 			s, err := connect(ctx, pool, log)
@@ -34,16 +34,16 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 			}
 			return s.run(ctx, pool)
 		})
-		if log.Live(clock.At(time.Now())) { // it worked for a while
+		if log.Live(clock.At(time.Now())) { // it has worked
 			backoff = minBackoff
 		}
 		renewed := log.End(err)
 		if ctx.Err() != nil {
 			return
 		}
-		if renewed || told.IsZero() || time.Since(told) >= remindEvery {
-			told = time.Now()
-			log.logger.Warn("apikey: changes are not heard, so that they are noticed within MaxStaleness only", "error", err)
+		if renewed || logged.IsZero() || time.Since(logged) >= remindEvery {
+			logged = time.Now()
+			log.logger.Warn("apikey: announcements are not heard: a change may go unnoticed for MaxStaleness", "error", err)
 		}
 		wait := rand.N(backoff)
 		if errors.Is(err, errPooler) {
@@ -58,7 +58,7 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	}
 }
 
-// guarded returns the error of do. A panic is one, and does not end the process.
+// guarded calls do, and returns its error. If do panics, that is an error, too.
 func guarded(do func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {

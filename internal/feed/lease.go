@@ -1,32 +1,31 @@
 package feed
 
-// What makes records worth more than their age: a session through which every
-// announcement is received, and a lease that says until when that is known.
+// When a record may be used for longer than its age allows: a session receives every
+// announcement, and a lease tells up to when that is known.
 //
-// The argument. A change is not announced by the transaction that makes it. That one
-// leaves a row in the outbox, and whoever calls apikey_announce after its commit
-// announces it. Postgres delivers announcements in the order in which the announcing
-// transactions commit: each holds a lock from before it puts its notices in the queue
-// until it is visible.
+// The argument:
 //
-// A session's connection listens, and then takes its first snapshot. A record that
-// includes that snapshot has missed only changes that became visible later. These are
-// announced later still, and so after the LISTEN: Postgres delivers the announcements.
+//  1. A transaction that changes something leaves a row in the outbox. A call of
+//     apikey_announce after its commit announces the change. PostgreSQL delivers
+//     announcements in the order in which the announcing transactions commit: each of them
+//     holds a lock from before its notices are queued until it is visible.
+//  2. A session listens, and then takes its first snapshot. A record that includes this
+//     snapshot has missed only changes that became visible later. These are announced after
+//     the LISTEN, so the session hears of them.
+//  3. Several times per lease the session calls apikey_announce: a read. The calls follow
+//     each other. When a read that was sent at time T has returned, everything that was
+//     committed at T has been announced.
+//  4. Then comes a second read. When the session hears of a transaction that the snapshot of
+//     the second read has not seen, that announcement was committed after the first read
+//     was done. So everything that was committed at T has been delivered before it.
+//  5. So all changes up to T are known, and the lease runs to T plus MaxStaleness. It does
+//     not matter who made the announcement. Only where nothing is announced, a session
+//     sends a beat.
 //
-// Several times a lease the session calls apikey_announce, one call after the other: a
-// read. When it has made a read at time T, all that had been committed at T has been
-// announced, by that read or by transactions that had committed before it returned. Then
-// it makes another read. When it later hears of a transaction that the snapshot of this
-// second read has not seen, that announcement was committed after the first read was
-// done, and so all that was committed at T has been delivered before. The lease runs to
-// T plus the longest staleness that is allowed. Whoever sent the announcement does not
-// matter, and nothing has to be sent where something is announced anyway.
+// The stamp of a record tells whether it comes from the server that the session listens to.
 //
-// That the facts of a record come from the server that the session listens to is said
-// by the record's stamp.
-//
-// model_test.go goes through all short histories, and finds a stale record that is
-// vouched for if any of these conditions is left out.
+// model_test.go tries all short sequences of events. If any of these conditions is left out,
+// it finds an outdated record that is used.
 
 import (
 	"errors"
@@ -37,34 +36,34 @@ import (
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
-// A History is what a database and its copies have in common: transaction ids of one
-// mean nothing in another. Two servers of one history are runs of the same one.
+// A History identifies a database and its standbys. Transaction ids of different histories
+// cannot be compared.
 type History string
 
-// A session is a time through which every announcement is received.
+// A session is a period in which every announcement is received.
 type session struct {
 	first snapshot.Snapshot // taken when the connection listened
 	known clock.Instant     // up to this time all changes are known
 	live  bool              // it has been renewed
 }
 
-// vouching is who vouches for records. It is immutable, and replaced as a whole.
+// vouching is which sessions vouch for records. It is immutable, and replaced as a whole.
 type vouching struct {
-	session  *session          // nil: none yet, or only one that has ended
-	ended    *session          // the one before, whose lease runs out
-	servers  []snapshot.Server // that are known to be of the present history; nil: no session yet
-	mismatch bool              // the stores read from another server than session listens to
+	session  *session          // nil: none at present
+	ended    *session          // the session before; its lease runs out
+	servers  []snapshot.Server // those that are known to be of the present history; nil: there was no session yet
+	mismatch bool              // the stores read from another server than the session
 }
 
-// Begin begins a session on a server of a history, with a snapshot that was asked for
-// at a time when the connection listened. It vouches for records from the first Renew
-// on.
+// Begin begins a session on a server of a history. first is a snapshot that was asked for at
+// a time when the connection was listening. The session vouches for records after the first
+// Renew.
 func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	v := *l.vouching.Load()
 	if l.history != history {
-		// Transactions of the old history refute nothing, and its records are foreign.
+		// Transactions of the old history refute nothing any more.
 		l.history, v.servers, v.ended, l.unverified = history, nil, nil, nil
 		for kind := range l.marks {
 			l.marks[kind] = newMarks()
@@ -82,15 +81,15 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 	l.vouching.Store(&v)
 }
 
-// Renew notes that all that was committed at a time has been announced.
+// Renew notes that everything that was committed at a time is known.
 func (l *Log) Renew(known clock.Instant) {
 	if l.renew(known) {
 		l.goesLive.Do(func() { close(l.live) })
-		l.logger.Info("apikey: changes are heard")
+		l.logger.Info("apikey: announcements are heard")
 	}
 }
 
-// renew reports whether the session is live from now on.
+// renew reports whether the session has just become live.
 func (l *Log) renew(known clock.Instant) (live bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -115,9 +114,8 @@ func (l *Log) renew(known clock.Instant) (live bool) {
 	return live
 }
 
-// End ends the session because of err: from now on announcements may be missed. What
-// was known stays known until the lease runs out. It reports whether the session had
-// been renewed.
+// End ends the session because of err: from now on announcements may be missed. The lease
+// runs on. End reports whether the session was live.
 func (l *Log) End(err error) (renewed bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -135,12 +133,12 @@ func (l *Log) End(err error) (renewed bool) {
 	return renewed
 }
 
-// ErrOtherServer is why a session ends whose server is not the one that stores read.
+// ErrOtherServer ends a session if the stores read from another server.
 var ErrOtherServer = errors.New("the stores read from another server or database than the one that announces: " +
 	"is a proxy or a switch-over in between?")
 
-// Read notes that a store has read from a server. If the session listens to another
-// one, nothing vouches for anything any more.
+// Read notes that a store has read from a server. If the session listens to another one, it
+// no longer vouches for records.
 func (l *Log) Read(server snapshot.Server) {
 	v := l.vouching.Load()
 	if v.session == nil || v.mismatch || server == 0 {
@@ -161,17 +159,16 @@ func (l *Log) Read(server snapshot.Server) {
 
 var began = time.Now()
 
-// readSince reports whether a store has read from the session's server within d.
+// readSince reports whether a store has read from the session's server in the last d.
 func (l *Log) readSince(d time.Duration) bool {
 	last := l.lastRead.Load()
 	return last != 0 && time.Since(began)-time.Duration(last) < d
 }
 
-// Mismatched reports whether a store has read from another server than that of the
-// session.
+// Mismatched reports whether a store has read from another server than the session's.
 func (l *Log) Mismatched() bool { return l.vouching.Load().mismatch }
 
-// Fault returns why the last session ended, or none began; nil if none was tried.
+// Fault returns why the last session ended or could not begin, or nil.
 func (l *Log) Fault() error {
 	if err := l.fault.Load(); err != nil {
 		return *err
@@ -185,29 +182,28 @@ func (l *Log) Live(now clock.Instant) bool {
 	return v.session != nil && !v.mismatch && v.session.known.Age(now) < l.lease
 }
 
-// WentLive is closed when a session has been live.
+// WentLive returns a channel that is closed when the first session becomes live.
 func (l *Log) WentLive() <-chan struct{} { return l.live }
 
-// Covers reports whether every change that a record, read in snap, has not seen was or
-// will be announced in the present session.
+// Covers reports whether the present session receives every change that snap has not seen.
 func (l *Log) Covers(snap snapshot.Snapshot) bool {
 	v := l.vouching.Load()
 	return v.session != nil && !v.mismatch && snap.Includes(v.session.first)
 }
 
-// Silent reports whether the server has not answered the session for d, or cannot be
-// connected to. Without a session that was tried for, nothing is known.
+// Silent reports whether the server has not answered the session for d, or not accepted its
+// connection. It returns false if there is no session.
 func (l *Log) Silent(d time.Duration) bool {
 	asked := l.asked.Load()
 	return asked != 0 && time.Since(began)-time.Duration(asked) >= d
 }
 
-// Vouched reports whether every change that a record with a topic in cell, read in
-// snap, has not seen was announced up to less than a lease before now, or a half of
-// one if strict.
+// Vouched reports whether a session vouches at now for a record in cell that was read in snap:
+// all changes that snap has not seen are known, up to less than a lease ago, or half a lease
+// if strict.
 //
-// After the end of a session the records that it vouches for are given up one cell
-// after the other, so that not all of them are read again at once.
+// After a session has ended, records lose this cell by cell, so that they are not all read
+// again at the same time.
 func (l *Log) Vouched(snap snapshot.Snapshot, cell Cell, now clock.Instant, strict bool) bool {
 	v := l.vouching.Load()
 	lease := l.lease
@@ -223,7 +219,7 @@ func (l *Log) Vouched(snap snapshot.Snapshot, cell Cell, now clock.Instant, stri
 	return false
 }
 
-// Foreign reports whether snap is of another history than the present one.
+// Foreign reports whether snap is not of the present history.
 func (l *Log) Foreign(snap snapshot.Snapshot) bool {
 	servers := l.vouching.Load().servers
 	if servers == nil || snap.IsZero() {

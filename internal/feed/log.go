@@ -1,8 +1,17 @@
-// Package feed knows what has changed in Postgres since a record was read.
+// Package feed hears of changes in PostgreSQL, so that records which have not seen a change
+// can be told from those that have.
 //
-// Log is the knowledge: the announced transactions of each topic (marks.go), and
-// until when the announcements are known to be complete (lease.go). Follow fills it,
-// from LISTEN and NOTIFY (follow.go, session.go).
+// [Log] keeps what was announced: the transactions of each topic (marks.go), and up to when
+// all announcements are known (lease.go). [Follow] fills it by LISTEN (follow.go, session.go):
+//
+//	             LISTEN, first snapshot            a read is proved
+//	connecting -------------------------> listening ---------------> live
+//	    ^                                     |                        |
+//	    |        any fault; try again         |                        |
+//	    +-------------------------------------+------------------------+
+//
+// A live session vouches for records up to the end of its lease, which each proved read
+// extends. When the session ends, the lease runs out, and records are used by their age.
 package feed
 
 import (
@@ -15,7 +24,7 @@ import (
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
-// A Log is what has been announced. It is safe for concurrent use.
+// A Log has what was announced. It is safe for concurrent use.
 type Log struct {
 	lease    time.Duration
 	life     time.Duration
@@ -30,15 +39,15 @@ type Log struct {
 	mu         sync.RWMutex
 	history    History
 	marks      [kinds]marks
-	latest     snapshot.Snapshot // taken by the session
-	unverified []announced       // whose transactions latest had not reached
+	latest     snapshot.Snapshot // the last one of the session
+	unverified []announced       // announcements of transactions that latest had not reached
 	suspects   []suspect
 
 	announcements, unannounced, forged atomic.Uint64
 	fault                              atomic.Pointer[error]
 }
 
-// An announced transaction is one of a topic, or of all topics of its kind.
+// An announced transaction has changed a topic, or all topics of a kind.
 type announced struct {
 	topic Topic
 	all   bool
@@ -46,7 +55,7 @@ type announced struct {
 	heard clock.Instant
 }
 
-// A suspect is a record that was found to be out of date and was not refuted.
+// A suspect is a record that was out of date although nothing had refuted it.
 type suspect struct {
 	snap   snapshot.Snapshot
 	topics []Topic
@@ -54,14 +63,13 @@ type suspect struct {
 }
 
 const (
-	maxSuspects   = 1024    // until the lease is renewed; more are not counted
+	maxSuspects   = 1024    // per renewal of the lease; more are not counted
 	maxUnverified = 100_000 // announcements between two snapshots of the session
 )
 
-// NewLog returns an empty Log without a session. What was known to be complete at a
-// time is known for lease after it. No record is used for longer than life.
-// logger is told of sessions that begin and end, and at level Debug of each announcement
-// that Follow has entered.
+// NewLog returns an empty Log without a session. lease is how long records may be used after
+// all announcements were known; life is the maximum age of any record. logger logs when
+// sessions go live and end and, at level Debug, each announcement once it is in the Log.
 func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
 	l := &Log{lease: lease, life: life, logger: logger, live: make(chan struct{})}
 	l.vouching.Store(new(vouching))
@@ -74,7 +82,7 @@ func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
 	return l
 }
 
-// Announce notes at now that transaction xid has changed what is under topic.
+// Announce notes at now that transaction xid has changed topic.
 func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -82,7 +90,7 @@ func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	l.verify(announced{topic: topic, xid: xid, heard: now})
 	m := &l.marks[topic.kind]
 	m.forget(now, int64(l.life))
-	if m.add(topic.id, xid, l.latest) || topic.kind == Tier { // no record has that for its cell
+	if m.add(topic.id, xid, l.latest) || topic.kind == Tier { // no record has the cell of a tier
 		l.newEpochs()
 		return
 	}
@@ -105,16 +113,16 @@ func (l *Log) newEpochs() {
 	}
 }
 
-// verify keeps a in mind until a snapshot tells whether there is such a transaction.
+// verify keeps a until a snapshot shows whether there is such a transaction.
 func (l *Log) verify(a announced) {
 	if a.xid >= l.latest.XMax() && !l.latest.IsZero() && len(l.unverified) < maxUnverified {
 		l.unverified = append(l.unverified, a)
 	}
 }
 
-// Reached notes that the session took a snapshot of the server, for which it asked at a
-// time. What was announced before, of transactions that the server has not reached yet,
-// is false: anybody who may connect to the database may announce anything.
+// Reached notes a snapshot of the server, for which the session asked at a time. If the
+// snapshot has not reached a transaction that was announced before that time, the
+// announcement was forged: everybody who may connect to the database may run NOTIFY.
 func (l *Log) Reached(snap snapshot.Snapshot, asked clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -144,30 +152,27 @@ func (l *Log) reached(snap snapshot.Snapshot, asked clock.Instant) {
 	l.unverified = kept
 }
 
-// FarAhead reports whether transaction xid is more than n ahead of those that the
-// server had reached when the session last asked.
+// FarAhead reports whether transaction xid is more than n ahead of the last snapshot of the
+// session.
 func (l *Log) FarAhead(xid, n uint64) bool {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	return xid >= l.latest.XMax()+n
 }
 
-// Crowded reports whether more was announced between two snapshots than can be
-// verified.
+// Crowded reports whether more was announced since the last snapshot than can be verified.
 func (l *Log) Crowded() bool {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	return len(l.unverified) >= maxUnverified
 }
 
-// Epoch returns a number, never 0, that changes whenever something is announced that
-// concerns a topic in the cell. What Refuted reported holds as long as the number
-// that was read before stays the same.
+// Epoch returns a number that changes whenever a topic in the cell is announced. It is never
+// 0. A result of Refuted holds for as long as the number that was read before it.
 func (l *Log) Epoch(cell Cell) uint32 { return l.epochs[cell].Load() }
 
-// Refuted reports whether a change of one of the topics has been announced that a
-// record read in snap has not seen. A record without a snapshot, or of another
-// history, is never refuted.
+// Refuted reports whether a change of one of the topics was announced that snap has not seen.
+// A zero snapshot, or one of another history, is never refuted.
 func (l *Log) Refuted(snap snapshot.Snapshot, topics ...Topic) bool {
 	if snap.IsZero() || l.Foreign(snap) {
 		return false
@@ -186,9 +191,9 @@ func (l *Log) refuted(snap snapshot.Snapshot, topics []Topic) bool {
 	return false
 }
 
-// Suspect notes that at a time the store had other facts than a record read in snap,
-// which was vouched for. If the change is not announced before the lease is renewed to
-// a later time it never will be, and is counted.
+// Suspect notes that the store had other facts, at a time, than a record that was read in
+// snap and vouched for. If the change is not announced until the lease is renewed to a later
+// time, it never will be, and counts as unannounced.
 func (l *Log) Suspect(found clock.Instant, snap snapshot.Snapshot, topics ...Topic) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -197,12 +202,11 @@ func (l *Log) Suspect(found clock.Instant, snap snapshot.Snapshot, topics ...Top
 	}
 }
 
-// Announcements returns the number of announcements.
+// Announcements returns the number of announced changes.
 func (l *Log) Announcements() uint64 { return l.announcements.Load() }
 
-// Unannounced returns the number of changes that were found and not announced.
+// Unannounced returns the number of changes that were found but never announced.
 func (l *Log) Unannounced() uint64 { return l.unannounced.Load() }
 
-// Forged returns the number of announcements of transactions that the server had not
-// reached.
+// Forged returns the number of announcements of transactions that did not exist.
 func (l *Log) Forged() uint64 { return l.forged.Load() }

@@ -8,13 +8,12 @@ import (
 )
 
 const (
-	capacity   = 65_536 // topics of a kind whose announcements are told apart
-	maxPerMark = 4      // transactions of one topic that are, as far as it can be helped
+	capacity   = 65_536 // topics of a kind that have a mark of their own
+	maxPerMark = 4      // transactions in a mark before they are folded into a snapshot
 )
 
-// marks are the announcements of one kind. They are dropped after one to two lives
-// of a record: what is older than they are is not used any more, and what is younger
-// has seen them.
+// marks are the announcements of one kind of topics. They are dropped after one to two
+// lives of a record. Records that have not seen them are too old by then to be used.
 type marks struct {
 	young, old map[uint64]mark
 	since      clock.Instant // of young
@@ -23,13 +22,13 @@ type marks struct {
 
 func newMarks() marks { return marks{young: map[uint64]mark{}} }
 
-// seenBy reports whether s has seen all that was announced under a topic.
+// seenBy reports whether s has seen all announced changes of a topic.
 func (m *marks) seenBy(s snapshot.Snapshot, id uint64) bool {
 	return m.young[id].seenBy(s) && m.old[id].seenBy(s) && m.all.seenBy(s)
 }
 
-// add notes that transaction xid was announced under a topic. It reports whether there
-// were too many topics, and xid now stands for all of them.
+// add notes that transaction xid has changed a topic. It returns true if there are too many
+// topics, so that xid now counts for all of them.
 func (m *marks) add(id, xid uint64, latest snapshot.Snapshot) (overflow bool) {
 	if _, known := m.young[id]; !known && len(m.young) >= capacity {
 		m.all.merge(m.young)
@@ -43,7 +42,7 @@ func (m *marks) add(id, xid uint64, latest snapshot.Snapshot) (overflow bool) {
 	return false
 }
 
-// retract takes back what add noted: the announcement was false.
+// retract undoes add: the announcement was forged.
 func (m *marks) retract(id, xid uint64) {
 	for _, generation := range []map[uint64]mark{m.young, m.old} {
 		if one, ok := generation[id]; ok {
@@ -54,21 +53,20 @@ func (m *marks) retract(id, xid uint64) {
 	m.all.retract(xid)
 }
 
-// forget begins a new generation if the present one has lasted for a life.
+// forget drops the old generation if the young one is as old as a record may become.
 func (m *marks) forget(now clock.Instant, life int64) {
 	if int64(m.since.Age(now)) >= life {
 		m.old, m.young, m.since = m.young, map[uint64]mark{}, now
 	}
 }
 
-// A mark stands for the announced transactions of one topic. Each is kept, since one
-// that was announced by somebody who made it up must not hide another, until there
-// are many: then those that a snapshot of the server has seen are kept as that
-// snapshot. A record that includes it has seen them too; one that was read between
-// them and the snapshot is read once more for nothing.
+// A mark has the announced transactions of one topic. Each is kept by itself, so that a
+// forged one cannot hide another. When there are many, those that a snapshot of the server
+// has seen are replaced by that snapshot: a record that includes it has seen them, too. A
+// record that was read between them and the snapshot is read again without need.
 type mark struct {
 	base *snapshot.Snapshot // nil: none
-	xids []uint64           // in the order of their announcements
+	xids []uint64           // in the order of announcement
 }
 
 func (m mark) seenBy(s snapshot.Snapshot) bool {
@@ -77,10 +75,10 @@ func (m mark) seenBy(s snapshot.Snapshot) bool {
 			return false
 		}
 	}
-	return m.base == nil || s.On(0).Includes(*m.base) // of whatever server of the history
+	return m.base == nil || s.On(0).Includes(*m.base) // on any server of the history
 }
 
-// add adds a transaction. latest is the latest snapshot that was taken on the server.
+// add adds a transaction. latest is the last snapshot of the server.
 func (m *mark) add(xid uint64, latest snapshot.Snapshot) {
 	if slices.Contains(m.xids, xid) {
 		return
@@ -98,7 +96,7 @@ func (m *mark) fold(latest snapshot.Snapshot) {
 	m.base = &latest
 }
 
-// merge adds those of others.
+// merge adds the transactions of others.
 func (m *mark) merge(others map[uint64]mark) {
 	xids := slices.Clone(m.xids)
 	for _, other := range others {

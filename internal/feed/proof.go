@@ -5,24 +5,23 @@ import (
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
-// maxReads bounds the reads that wait for a proof. With a slow network several are on
-// their way at once.
+// maxReads limits the reads that wait for a proof. With a slow network there are several.
 const maxReads = 24
 
-// A proof keeps the reads that a session has made, until something is heard that shows
-// up to when all changes are known: see lease.go.
+// A proof keeps the reads of a session until an announcement proves up to when all changes
+// are known: see lease.go.
 type proof struct {
 	reads []read // oldest first
 }
 
-// A read announces what was committed before it, and takes a snapshot. asked is when it
-// was sent.
+// A read is a call of apikey_announce: it announces what was committed before, and returns a
+// snapshot. asked is when it was sent.
 type read struct {
 	asked clock.Instant
 	snap  snapshot.Snapshot
 }
 
-// read notes a read that was answered.
+// read adds a read that was answered.
 func (p *proof) read(r read) {
 	if len(p.reads) == maxReads {
 		p.reads = p.reads[1:]
@@ -30,8 +29,8 @@ func (p *proof) read(r read) {
 	p.reads = append(p.reads, r)
 }
 
-// heard returns the time up to which all changes are known, since transaction xid was
-// announced; false if that tells nothing new.
+// heard takes an announcement of transaction xid, and returns the time up to which all changes
+// are known now. It returns false if the announcement proves nothing new.
 func (p *proof) heard(xid uint64) (known clock.Instant, ok bool) {
 	for i := len(p.reads) - 1; i > 0; i-- {
 		if !p.reads[i].snap.Sees(xid) {

@@ -1,8 +1,8 @@
 package feed
 
-// One session on the wire: it listens, reads, and one of all sessions announces for all.
-// It speaks the protocol itself, since a read must not wait for the answer to the one
-// before: with a slow network that would take longer than the lease.
+// A session on its connection. All sessions listen and read, and one of them, the announcer,
+// announces for all. The session speaks the PostgreSQL protocol itself, since it must send a
+// read before the previous one was answered: with a slow network that would take too long.
 
 import (
 	"context"
@@ -25,22 +25,22 @@ import (
 
 const (
 	readsPerLease  = 12
-	readAtLeast    = time.Second // how often it reads at least: an announcer that is gone is missed
-	quietPerLease  = 4           // after this part of a lease without an announcement a beat is sent
+	readAtLeast    = time.Second // the longest time between reads, which announce if the announcer is gone
+	quietPerLease  = 4           // a beat is sent after a lease/quietPerLease without announcements
 	closeTimeout   = time.Second
-	connectTimeout = 10 * time.Second // to connect and begin, some six round trips
+	connectTimeout = 10 * time.Second // to connect and begin, which takes about six round trips
 
-	// One session of a fleet, the announcer, announces what was committed this often, and
-	// at most for half of the time.
+	// announceEvery is how often the announcer announces. It pauses at least as long as
+	// the last call has taken.
 	announceEvery = 20 * time.Millisecond
 
-	// farAhead is how many transactions a server does not begin between two reads: an
-	// announcement of one that is farther ahead is looked into at once.
+	// farAhead is more transactions than a server begins between two reads. Announcements
+	// of transactions farther ahead are verified at once.
 	farAhead = 1 << 20
 )
 
-// errPooler is why a session is not begun behind a pooler: it would not be sent what is
-// announced, and would leave LISTEN behind on connections that others are given.
+// errPooler refuses a session behind a pooler: it would not receive announcements, and would
+// leave LISTEN behind on the connections of others.
 var errPooler = errors.New("a pooler (such as PgBouncer) is in between, which does not deliver announcements: " +
 	"give Watch a pool that connects to PostgreSQL directly; the stores may stay behind the pooler")
 
@@ -48,42 +48,40 @@ const (
 	readSQL = `SELECT apikey_announce()`
 	beatSQL = readSQL + `; SELECT pg_catalog.pg_notify('` + Channel + `', '` + kindBeat + ` ' || pg_catalog.pg_current_xact_id()::text)`
 
-	// tryLockSQL makes the session the announcer, unless there is one. The lock is held
-	// until the session ends.
+	// tryLockSQL makes the session the announcer if there is none. The lock is held until
+	// the session ends.
 	tryLockSQL = `SELECT pg_catalog.pg_try_advisory_lock(` + announcerLock + `, pg_catalog.hashtext('apikey_outbox'::regclass::oid::text))`
 
-	// Whatever the role's settings are, the session announces, and waits for others who do.
-	// It is idle for good. When this replica is suspended, or the network is gone, the server
-	// is to notice soon: a session that is not read from holds up the notification queue
-	// and VACUUM.
+	// settingsSQL replaces settings of the role with which the session could not announce,
+	// wait for other announcers, or stay idle. It also lets the server notice soon if this
+	// replica or the network is gone: a session that does not read holds up the notification
+	// queue and VACUUM.
 	settingsSQL = `SELECT pg_catalog.set_config(name, value, false) FROM pg_catalog.pg_settings JOIN (VALUES
 		('default_transaction_isolation', 'read committed'), ('default_transaction_read_only', 'off'), ('statement_timeout', '0'),
 		('lock_timeout', '0'), ('idle_session_timeout', '0'), ('tcp_keepalives_idle', '10'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
 		('tcp_user_timeout', '30000')) AS s (name, value) USING (name)`
 )
 
-// announcerLock is the class of the advisory locks of announcers: migration 0002 knows it
-// too.
+// announcerLock is the class of the announcers' advisory locks. Migration 0002 uses the same.
 const announcerLock = "1634757477"
 
-// AnnouncerSQL is an expression for whether there is an announcer, in whatever schema of
-// the database.
+// AnnouncerSQL is an expression for whether the database has an announcer, for any schema.
 const AnnouncerSQL = `EXISTS (SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg_database d ON d.oid = database
 	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + ` AND granted)`
 
-// ServerSQL is an expression for the [snapshot.Server] that runs it, as a bigint: the
-// microsecond in which it was started, hashed with the name of the database. 0 is a
-// standby, whose snapshots are worth nothing.
+// ServerSQL is an expression for the present [snapshot.Server] as a bigint: the start of the
+// server in microseconds, hashed with the name of the database. It is 0 on a standby, whose
+// snapshots cannot be used.
 const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE pg_catalog.hashtextextended(pg_catalog.current_database()::text, ` + startedSQL + `) END`
 
-// OriginSQL is an expression for the [snapshot.Origin], as a bigint.
+// OriginSQL is an expression for the present [snapshot.Origin] as a bigint.
 const OriginSQL = `(SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws(' ', pg_catalog.current_database(), pg_catalog.to_regclass('api_keys')::oid,
 	pg_catalog.to_regclass('org_plans')::oid), ` + startedSQL + `))`
 
 const startedSQL = `(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint`
 
-// historySQL tells what database this is, and which timeline of it: it changes when a
-// standby is promoted, also if that had not received the last transactions.
+// historySQL returns the database and its timeline, which changes when a standby is promoted,
+// even one that has not received the last transactions.
 const historySQL = `SELECT system_identifier::text || ' ' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) || ' ' ||
 	(SELECT oid FROM pg_database WHERE datname = current_database()) FROM pg_control_system()`
 
@@ -95,16 +93,16 @@ type wire struct {
 
 	mu       sync.Mutex
 	proof    proof
-	asked    []clock.Instant // for snapshots, oldest first; zero: not for a read
-	heard    time.Time       // when the last announcement was
+	asked    []clock.Instant // when the queries without an answer were sent, oldest first; zero: it is no read
+	heard    time.Time       // when the last announcement arrived
 	known    clock.Instant   // up to when all changes are known
-	answered time.Time       // when the server last said something
+	answered time.Time       // when the last message arrived
 
-	announcer chan struct{} // closed when the session is the announcer
-	announced chan struct{} // an announcement that was asked for has been made
+	announcer chan struct{} // closed when the session has become the announcer
+	announced chan struct{} // receives when a call of the announcer was answered
 }
 
-// connect makes a connection, and begins a session in log.
+// connect opens a connection, and begins a session in log.
 func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 	ctx, cancel := context.WithTimeout(ctx, max(log.lease, connectTimeout))
 	defer cancel()
@@ -126,8 +124,8 @@ func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 	return w, nil
 }
 
-// connConfig is how the pool connects, without what others do on its connections.
-// BeforeConnect is part of how: it may fetch the password.
+// connConfig returns the pool's settings without its hooks, except BeforeConnect, which may
+// set the password.
 func connConfig(ctx context.Context, pool *pgxpool.Pool) (*pgx.ConnConfig, error) {
 	poolConfig := pool.Config()
 	config := poolConfig.ConnConfig.Copy()
@@ -140,7 +138,7 @@ func connConfig(ctx context.Context, pool *pgxpool.Pool) (*pgx.ConnConfig, error
 	return config, nil
 }
 
-// begin makes a connection listen.
+// begin begins a session on a connection.
 func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	simple := pgx.QueryExecModeSimpleProtocol
 	var pid uint32
@@ -156,7 +154,7 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	}
 	var history string
 	if err := conn.QueryRow(ctx, historySQL, simple).Scan(&history); err != nil {
-		history = strconv.FormatInt(int64(server), 10) // not for this role to see: then each run is a history
+		history = strconv.FormatInt(int64(server), 10) // the role may not read it: each run counts as a history
 	}
 	for _, sql := range []string{settingsSQL, "LISTEN " + Channel} {
 		if _, err := conn.Exec(ctx, sql, simple); err != nil {
@@ -219,12 +217,11 @@ func (w *wire) close() {
 	_ = w.conn.Conn.Close()
 }
 
-// send reads several times a lease, and sends a beat with it if nothing has been heard
-// for that long from anybody. It returns an error when the server is silent for a
-// lease.
+// send reads several times per lease, and adds a beat if nothing was announced for a while.
+// It returns an error if the server is silent for a lease.
 func (w *wire) send(ctx context.Context) error {
 	lease := w.log.lease
-	// Others that begin at this moment need but one beat for all.
+	// Sessions that begin at the same time need only one beat.
 	wait := rand.N(lease/40 + 1)
 	for {
 		select {
@@ -244,7 +241,7 @@ func (w *wire) send(ctx context.Context) error {
 			return errors.New("listening: more is announced than can be verified")
 		}
 		sql := readSQL
-		if quiet >= lease/quietPerLease || age >= 3*lease/8 { // with a slow network the latter comes first
+		if quiet >= lease/quietPerLease || age >= 3*lease/8 { // with a slow network the second comes first
 			sql = beatSQL
 		}
 		select {
@@ -260,8 +257,8 @@ func (w *wire) send(ctx context.Context) error {
 	}
 }
 
-// announce announces what was committed, again and again, if the session is the
-// announcer. The others read, and so announce what one that is in trouble does not.
+// announce announces every announceEvery, once the session is the announcer. If the announcer
+// is in trouble, the reads of the others announce.
 func (w *wire) announce(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -286,8 +283,8 @@ func (w *wire) announce(ctx context.Context) error {
 	}
 }
 
-// query sends a query for a snapshot: a read that is asked for at a time, or, if that is
-// zero, something else.
+// query sends a query that returns a snapshot. asked is when a read was asked for, or zero for
+// a call of the announcer.
 func (w *wire) query(sql string, asked clock.Instant) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -300,7 +297,7 @@ func (w *wire) query(sql string, asked clock.Instant) error {
 	return w.conn.Frontend.Flush()
 }
 
-// readSoon sends a query for a snapshot, unless the answer to one is on its way.
+// readSoon sends a read, unless one is under way.
 func (w *wire) readSoon() error {
 	w.mu.Lock()
 	waiting := slices.ContainsFunc(w.asked, func(asked clock.Instant) bool { return asked != clock.Instant{} })
@@ -328,8 +325,8 @@ func (w *wire) receive() error {
 		}
 	case *pgproto3.DataRow:
 		switch value := string(m.Values[0]); value {
-		case "": // of pg_notify
-		case "f": // of tryLockSQL
+		case "": // pg_notify
+		case "f": // tryLockSQL
 		case "t":
 			select {
 			case <-w.announcer: // asked again before it was known
@@ -345,7 +342,7 @@ func (w *wire) receive() error {
 	return nil
 }
 
-// snapshot takes the answer to the oldest query.
+// snapshot handles the answer to the oldest query.
 func (w *wire) snapshot(text string) error {
 	snap, err := snapshot.Parse(text)
 	if err != nil {
@@ -355,7 +352,7 @@ func (w *wire) snapshot(text string) error {
 	w.mu.Lock()
 	if len(w.asked) == 0 {
 		w.mu.Unlock()
-		return errors.New("an answer to nothing")
+		return errors.New("listening: an answer without a query")
 	}
 	asked := w.asked[0]
 	w.asked = w.asked[1:]
@@ -370,18 +367,18 @@ func (w *wire) snapshot(text string) error {
 	return nil
 }
 
-// notified takes an announcement.
+// notified handles an announcement.
 func (w *wire) notified(payload string) error {
 	a, err := parse(payload)
 	if err != nil {
-		return err // what it announces cannot be known, so nothing is until the next session
+		return err // nobody knows what it announces, so begin a new session
 	}
 	now := time.Now()
 	a.enter(w.log, clock.At(now))
 	if a.kind != kindBeat {
 		w.log.logger.Debug("apikey: a change is announced", "kind", a.kind, "subject", a.subject, "transaction", a.xid)
 	}
-	if w.log.FarAhead(a.xid, farAhead) { // false, most likely: it proves nothing, and is to be gone soon
+	if w.log.FarAhead(a.xid, farAhead) { // most likely forged: it proves nothing
 		return w.readSoon()
 	}
 	w.mu.Lock()
@@ -397,10 +394,10 @@ func (w *wire) notified(payload string) error {
 	return nil
 }
 
-// compare asks through the pool now and then which server the stores read from, if no
-// store has told lately. That the pool has no connection free tells nothing.
+// compare asks through the pool now and then which server the stores read from, if no store
+// has reported it lately. It ignores errors: the pool may be busy.
 func (w *wire) compare(ctx context.Context, pool *pgxpool.Pool) {
-	defer func() { _ = recover() }() // a hook of the pool's: it must not end the process
+	defer func() { _ = recover() }() // a hook of the pool must not end the process
 	lease := w.log.lease
 	for {
 		select {

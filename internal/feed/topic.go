@@ -5,7 +5,7 @@ import "hash/maphash"
 // A Kind is a kind of topics.
 type Kind uint8
 
-// The kinds of topics: one key, the plan of one organisation, the plans of one tier.
+// The kinds of topics: a key, the plan of an organisation, all plans of a tier.
 const (
 	Key Kind = iota
 	Plan
@@ -13,8 +13,8 @@ const (
 	kinds
 )
 
-// A Topic is what an announcement is about. Two subjects may share one, which costs
-// a needless read and nothing else.
+// A Topic is what an announcement is about. Two subjects may share a topic by chance; then one
+// of them is read again without need.
 type Topic struct {
 	kind Kind
 	id   uint64
@@ -31,10 +31,10 @@ func PlanTopic(orgID string) Topic { return Topic{Plan, maphash.String(seed, org
 // TierTopic returns the topic of all plans of a tier.
 func TierTopic(name string) Topic { return Topic{Tier, maphash.String(seed, name)} }
 
-// A Cell is one of some thousand groups of topics.
+// A Cell is one of 4,096 groups of topics.
 type Cell uint16
 
 const cells = 4096
 
-// Cell returns the cell that a topic is in: see [Log.Epoch].
+// Cell returns the cell of a topic: see [Log.Epoch].
 func (t Topic) Cell() Cell { return Cell(t.id % cells) }

@@ -1,7 +1,6 @@
 package testservers
 
-// A network with faults. A library for this would bring some twenty modules into
-// the graph of this one; four faults do not need them.
+// A network with faults. The library for this would add twenty modules for four faults.
 
 import (
 	"bytes"
@@ -19,7 +18,7 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// A Fault is what is wrong with a Proxy.
+// A Fault is a fault of a Proxy.
 type Fault string
 
 // The faults of a Proxy.
@@ -34,7 +33,7 @@ const (
 // SlowBy is the delay of Slow: longer than any budget.
 const SlowBy = 2 * time.Second
 
-// A Proxy passes connections on to a server, until it gets a fault.
+// A Proxy forwards connections to a server, unless it has a fault.
 type Proxy struct {
 	Addr  string       // where it listens
 	delay atomic.Int64 // of every answer, in nanoseconds
@@ -49,8 +48,7 @@ type Proxy struct {
 	running  sync.WaitGroup
 }
 
-// NewProxy returns a healthy proxy in front of the server at an address. It ends
-// with the test.
+// NewProxy returns a healthy proxy in front of a server. It ends with the test.
 func NewProxy(tb testing.TB, network, server string) *Proxy {
 	tb.Helper()
 	p := &Proxy{Addr: "127.0.0.1:0", network: network, server: server, changed: make(chan struct{}), conns: map[net.Conn]bool{}}
@@ -65,13 +63,11 @@ func NewProxy(tb testing.TB, network, server string) *Proxy {
 	return p
 }
 
-// Delay makes the server as far away as d is for a way there and back: every answer
-// arrives so much later, however many are on their way. It holds for connections that
-// are made from now on.
+// Delay adds d to every round trip, on connections that are opened from now on.
 func (p *Proxy) Delay(d time.Duration) { p.delay.Store(int64(d)) }
 
-// Redirect makes the proxy stand in front of another PostgreSQL server, and closes the
-// connections to the one before.
+// Redirect puts the proxy in front of another PostgreSQL server, and closes the open
+// connections.
 func (p *Proxy) Redirect(tb testing.TB, url string) {
 	tb.Helper()
 	config, err := pgx.ParseConfig(url)

@@ -1,7 +1,7 @@
 package testservers
 
-// One server process: found, started as somebody without rights, broken at will,
-// and ended with the test process.
+// A server process: how it is found, started without the rights of root, broken, and stopped
+// with the test process.
 
 import (
 	"context"
@@ -46,8 +46,8 @@ func tempDir() (string, error) {
 	return dir, err
 }
 
-// servant is whom servers run as: nil for the present user, or somebody without
-// rights if that is root, as whom PostgreSQL refuses to run.
+// servant returns the user that servers run as: nil for the present user, or another one if
+// that is root, since PostgreSQL refuses to run as root.
 func servant() *syscall.Credential {
 	if os.Getuid() != 0 {
 		return nil
@@ -73,9 +73,9 @@ func as(dir, name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// keeper runs a server and does what it reads, until its standard input is closed,
-// which happens even when the test process is killed. Then it stops the server
-// and removes the directory.
+// keeper is a shell script that runs a server and executes the words on its standard input.
+// When that is closed, even because the test process was killed, it stops the server and
+// removes the directory.
 const keeper = `dir=$1 crash=$2; shift 2
 run() { "$@" >>"$dir/log" 2>&1 & server=$!; }
 run "$@"
@@ -92,7 +92,7 @@ kill -INT $server
 wait
 rm -rf "$dir"`
 
-// A Server is a server of a test's own, which it may break.
+// A Server belongs to one test, which may break it.
 type Server struct {
 	URL string
 
@@ -149,7 +149,7 @@ func (s *Server) stop() {
 	_ = os.RemoveAll(s.dir)
 }
 
-// await waits until the server answers, or does not.
+// await waits until the server answers, or no longer does.
 func (s *Server) await(up bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()

@@ -1,7 +1,7 @@
-// Package testservers gives tests real PostgreSQL and Redis servers: those that
-// TEST_DATABASE_URL and TEST_REDIS_URL name, else throw-away ones, started from
-// the installed binaries on Unix sockets in a temporary directory and stopped
-// with the test process. Without either the test fails, and says what to install.
+// Package testservers gives tests real PostgreSQL and Redis servers: those of
+// TEST_DATABASE_URL and TEST_REDIS_URL, or else temporary ones. These are started from the
+// installed binaries, on Unix sockets in a temporary directory, and stopped with the test
+// process. If the binaries are missing, the test fails and says what to install.
 package testservers
 
 import (
@@ -52,11 +52,10 @@ func Main(m *testing.M) int {
 	return code
 }
 
-// everything reports whether tests are to do all they can, as in CI, and not what one can
-// wait for at the desk.
+// everything reports whether to run everything, as in CI, and not only what is quick.
 func everything() bool { return os.Getenv("CI") != "" }
 
-// Sized returns how much of something a test does: little at the desk, a lot in CI.
+// Sized returns desk or, in CI, ci: how much of something a test does.
 func Sized(desk, ci int) int {
 	if everything() {
 		return ci
@@ -64,7 +63,7 @@ func Sized(desk, ci int) int {
 	return desk
 }
 
-// Long is called by a test that takes long, and leaves it to CI.
+// Long skips a test that takes long, except in CI.
 func Long(tb testing.TB) {
 	tb.Helper()
 	if !everything() {
@@ -72,7 +71,7 @@ func Long(tb testing.TB) {
 	}
 }
 
-// settles waits for the goroutines that are about to end.
+// settles waits for goroutines that are about to end.
 func settles(before int) bool {
 	for range 500 {
 		if goroutines() <= before {
@@ -83,7 +82,7 @@ func settles(before int) bool {
 	return false
 }
 
-// goroutines counts them, but for the one that os/signal starts once and keeps.
+// goroutines counts goroutines, without the one that os/signal starts and keeps.
 func goroutines() int {
 	n := runtime.NumGoroutine()
 	stacks := make([]byte, 1<<20)
@@ -130,7 +129,7 @@ func Migrated(tb testing.TB, url string) string {
 	return url
 }
 
-// newDatabase makes a database on the server at a URL, and returns its own.
+// newDatabase creates a database on a server, and returns its URL.
 func newDatabase(tb testing.TB, server string) string {
 	tb.Helper()
 	name := "apikey_test_" + strings.ToLower(rand.Text())
@@ -197,7 +196,7 @@ func RedisURL(tb testing.TB) string {
 	return server
 }
 
-// Redis returns a client of RedisURL, fit for apikey.NewCache, that is closed
+// Redis returns a client of RedisURL with the options that apikey.NewCache wants. It is closed
 // when the test ends.
 func Redis(tb testing.TB) *redis.Client {
 	tb.Helper()
