@@ -25,6 +25,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/trackpilots/apikey/internal/localserver"
 	"github.com/trackpilots/apikey/migrations"
 )
 
@@ -220,11 +221,11 @@ func RedisAt(tb testing.TB, url string) *redis.Client {
 // which is stopped when the test ends.
 func PgBouncer(tb testing.TB, databaseURL string) string {
 	tb.Helper()
-	binary, err := find("pgbouncer")
+	binary, err := localserver.Find("pgbouncer")
 	if err != nil {
 		tb.Fatal(err)
 	}
-	dir, err := tempDir()
+	dir, err := localserver.TempDir()
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -249,7 +250,7 @@ pool_mode = transaction
 		tb.Fatal(err)
 	}
 	bouncer := fmt.Sprintf("postgres://%s@/%s?host=%s&port=6432", url.PathEscape(db.User), db.Database, url.QueryEscape(dir))
-	return startOwn(tb, bouncer, dir, "KILL", dial("unix", filepath.Join(dir, ".s.PGSQL.6432")), binary, file).URL
+	return start(tb, bouncer, dir, dial("unix", filepath.Join(dir, ".s.PGSQL.6432")), binary, file).URL
 }
 
 // stops ends the servers that all tests share.
@@ -259,86 +260,37 @@ var postgres = sync.OnceValues(func() (string, error) {
 	if u := os.Getenv("TEST_DATABASE_URL"); u != "" {
 		return u, nil
 	}
-	url, dir, ready, command, err := newCluster()
-	if err != nil {
-		return "", err
+	s, url, err := localserver.StartPostgres()
+	if err == nil {
+		stops = append(stops, s.Stop)
 	}
-	return url, startShared(dir, ready, command...)
+	return url, err
 })
 
-// StartPostgres starts a server of the test's own, with further arguments. It crashes
-// by an immediate shutdown, since a postmaster that is killed leaves its children to
-// themselves.
+// StartPostgres starts a server of the test's own, with further arguments.
 func StartPostgres(tb testing.TB, args ...string) *Server {
 	tb.Helper()
-	url, dir, ready, command, err := newCluster()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return startOwn(tb, url, dir, "QUIT", ready, append(command, args...)...)
+	s, url, err := localserver.StartPostgres(args...)
+	return own(tb, s, url, err)
 }
 
 // StartStandby starts a standby of the server at url, which streams through there.
 func StartStandby(tb testing.TB, url string) *Server {
 	tb.Helper()
-	basebackup, err := find("pg_basebackup")
+	basebackup, err := localserver.Find("pg_basebackup")
 	if err != nil {
 		tb.Fatal(err)
 	}
-	dir, err := tempDir()
+	dir, err := localserver.TempDir()
 	if err != nil {
 		tb.Fatal(err)
 	}
 	data := filepath.Join(dir, "data")
-	if out, err := as(dir, basebackup, "-d", url, "-D", data, "-R", "-X", "stream", "-c", "fast").CombinedOutput(); err != nil {
+	if out, err := localserver.Command(dir, basebackup, "-d", url, "-D", data, "-R", "-X", "stream", "-c", "fast").CombinedOutput(); err != nil {
 		tb.Fatalf("pg_basebackup: %v\n%s", err, out)
 	}
-	address, ready, command, err := clusterIn(dir)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return startOwn(tb, address, dir, "QUIT", ready, command...)
-}
-
-// newCluster makes a new data directory, and returns what is needed to run it.
-func newCluster() (address, dir string, ready func(context.Context) error, command []string, err error) {
-	initdb, err := find("initdb")
-	if err != nil {
-		return "", "", nil, nil, err
-	}
-	if dir, err = tempDir(); err != nil {
-		return "", "", nil, nil, err
-	}
-	data := filepath.Join(dir, "data")
-	out, err := as(dir, initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N").CombinedOutput()
-	if err != nil {
-		return "", "", nil, nil, fmt.Errorf("testservers: initdb: %w\n%s", err, out)
-	}
-	address, ready, command, err = clusterIn(dir)
-	return address, dir, ready, command, err
-}
-
-// clusterIn returns what is needed to run the server of the data directory in dir.
-func clusterIn(dir string) (address string, ready func(context.Context) error, command []string, err error) {
-	initdb, err := find("initdb")
-	if err == nil {
-		initdb, err = filepath.EvalSymlinks(initdb) // the server stands beside it
-	}
-	if err != nil {
-		return "", nil, nil, err
-	}
-	address = "postgres://postgres@/postgres?host=" + url.QueryEscape(dir)
-	ready = func(ctx context.Context) error {
-		conn, err := pgx.Connect(ctx, address)
-		if err != nil {
-			return err
-		}
-		return conn.Close(ctx)
-	}
-	return address, ready, []string{
-		filepath.Join(filepath.Dir(initdb), "postgres"), "-D", filepath.Join(dir, "data"), "-k", dir, "-c", "listen_addresses=",
-		"-c", "fsync=off", "-c", "max_connections=200",
-	}, nil
+	s, address, err := localserver.StartPostgresIn(dir)
+	return own(tb, s, address, err)
 }
 
 var redisServer = sync.OnceValues(func() (string, error) {
@@ -349,7 +301,11 @@ var redisServer = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return "unix://" + socket, startShared(filepath.Dir(socket), dial("unix", socket), command...)
+	s, err := localserver.Start(filepath.Dir(socket), "KILL", dial("unix", socket), command...)
+	if err == nil {
+		stops = append(stops, s.Stop)
+	}
+	return "unix://" + socket, err
 })
 
 // StartRedis starts a server of the test's own, with further arguments.
@@ -359,16 +315,16 @@ func StartRedis(tb testing.TB, args ...string) *Server {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return startOwn(tb, "unix://"+socket, filepath.Dir(socket), "KILL", dial("unix", socket), append(command, args...)...)
+	return start(tb, "unix://"+socket, filepath.Dir(socket), dial("unix", socket), append(command, args...)...)
 }
 
 // newRedis makes a new directory, and returns what is needed to run a Redis in it.
 func newRedis() (socket string, command []string, err error) {
-	binary, err := find("redis-server")
+	binary, err := localserver.Find("redis-server")
 	if err != nil {
 		return "", nil, err
 	}
-	dir, err := tempDir()
+	dir, err := localserver.TempDir()
 	if err != nil {
 		return "", nil, err
 	}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/trackpilots/apikey/internal/localserver"
 )
 
 // freePort returns a port of the loopback that nobody listens on.
@@ -78,11 +80,11 @@ func StartRedisCluster(tb testing.TB, masters int) (nodes []*Server, addrs []str
 // "main", and returns its address. It fails over after half a second.
 func StartSentinel(tb testing.TB, master string, replicas int) string {
 	tb.Helper()
-	dir, err := tempDir()
+	dir, err := localserver.TempDir()
 	if err != nil {
 		tb.Fatal(err)
 	}
-	binary, err := find("redis-server")
+	binary, err := localserver.Find("redis-server")
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -96,14 +98,14 @@ sentinel monitor main %s %s 1
 sentinel down-after-milliseconds main 500
 sentinel failover-timeout main 3000
 `, own, dir, host, port), 0o644)
-	if id := servant(); err == nil && id != nil {
-		err = os.Chown(config, int(id.Uid), int(id.Gid))
+	if err == nil {
+		err = localserver.Own(config)
 	}
 	if err != nil {
 		tb.Fatal(err)
 	}
 	addr := "127.0.0.1:" + own
-	startOwn(tb, addr, dir, "KILL", dial("tcp", addr), binary, config, "--sentinel")
+	start(tb, addr, dir, dial("tcp", addr), binary, config, "--sentinel")
 	sentinel := redis.NewSentinelClient(&redis.Options{Addr: addr})
 	defer sentinel.Close()
 	await(tb, func(ctx context.Context) bool {
