@@ -1,6 +1,6 @@
 # 'make test' sets up what is missing and runs all the tests.
 
-MODULES  = . examples otel bench
+MODULES  = . examples otel bench cmd/apikey/browsertest
 LINT     = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 FUZZ     = FuzzKey:./internal/bearer FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
 FUZZTIME = 50000x
@@ -14,13 +14,13 @@ COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m \
 	-load.keys=100000 -storm.keys=10000 -storm.rate=4000 -storm.for=5s \
 	-fleet.sizes=50,100,200,400 -fleet.for=10s
 
-.PHONY: test servers lint fuzz soak flood bench api benchstat api-beside benchstat-beside demo
+.PHONY: test servers lint fuzz soak flood bench screenshot api benchstat api-beside benchstat-beside demo
 
 test: export CI = true
 test: servers
 	set -e; for module in $(MODULES); do (cd $$module && go vet ./... && go test -race -shuffle=on -count=1 -parallel=8 ./...); done
 
-# Installs the PostgreSQL and Redis that tests run on, where they are missing.
+# Installs what the tests need and this machine lacks.
 servers:
 	.ci/install
 
@@ -43,6 +43,10 @@ flood: servers
 bench: servers
 	go test -run='^$$' -bench=. -benchmem .
 	cd bench && go test -count=1 -run='^(TestCompare|TestHitRatio|TestLoad|TestStorm|TestFleet)$$' $(COMPARE) -timeout=0 -v .
+
+# The picture of the demo's page.
+screenshot: servers
+	cd cmd/apikey/browsertest && go test -count=1 -run='^TestRevocation$$' . -args -screenshot=$(CURDIR)/docs/demo.png
 
 # What the API has lost and gained since the last tag, and how fast a request is beside it.
 api benchstat: .base

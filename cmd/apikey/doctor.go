@@ -292,7 +292,7 @@ func checkAnnouncer(ctx context.Context, pool *pgxpool.Pool) (state, detail stri
 }
 
 func examineRedis(ctx context.Context, redisURL string) []finding {
-	rdb, err := openRedis(ctx, redisURL)
+	rdb, err := openRedis(ctx, redisURL, nil)
 	if err != nil {
 		return []finding{{"Redis", stateFault, err.Error()}}
 	}

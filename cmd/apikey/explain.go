@@ -211,7 +211,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 	if len(secret) < sealed.MinSecretLen {
 		return errors.New("to read records in Redis, set APIKEY_CACHE_SECRET to the secret of the caches; or leave --redis-url and REDIS_URL empty")
 	}
-	rdb, err := openRedis(ctx, redisURL)
+	rdb, err := openRedis(ctx, redisURL, nil)
 	if err != nil {
 		return err
 	}

@@ -102,7 +102,10 @@ func (s shell) serve(t *testing.T) (wantCode func(key, want string)) {
 		}
 	}
 	auth := apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache, LastUsed: uses})
-	h := auth.Handler(http.HandlerFunc(whoami))
+	h := auth.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		org, _ := apikey.OrgFromContext(r.Context())
+		fmt.Fprintf(w, `{"orgId":"%s"}`, org.ID)
+	}))
 	return func(key, want string) {
 		t.Helper()
 		var w *httptest.ResponseRecorder

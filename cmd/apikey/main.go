@@ -31,7 +31,7 @@ type command struct {
 }
 
 var commands = []command{
-	{"demo", "serve the API and a page that shows it, without any set-up or on real servers", demo},
+	{"demo", "serve the API and a page that shows it, without any set-up or on real servers", runDemo},
 	{"migrate", "create or update the tables", migrate},
 	{"keys create", "create a key for an organisation, and show it once", keysCreate},
 	{"keys list", "list the keys of an organisation", keysList},

@@ -3,20 +3,19 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -56,6 +55,9 @@ type runningDemo struct {
 // An exampleLine is what the demo prints of one example.
 type exampleLine struct{ about, want, curl string }
 
+// examples is how many of them the demo prints.
+const examples = 14
+
 // startDemo starts a demo on a free port and reads its examples.
 func startDemo(t *testing.T, args ...string) *runningDemo {
 	t.Helper()
@@ -77,7 +79,7 @@ func startDemo(t *testing.T, args ...string) *runningDemo {
 		}
 	})
 	scanner := bufio.NewScanner(stdout)
-	for len(d.lines) < len(demoExamples()) || d.lines[len(d.lines)-1].curl == "" {
+	for len(d.lines) < examples || d.lines[len(d.lines)-1].curl == "" {
 		if !scanner.Scan() {
 			t.Fatalf("the demo ended after %d examples: %v\n%s", len(d.lines), scanner.Err(), d.stderr)
 		}
@@ -106,16 +108,18 @@ func (d *runningDemo) interrupt(t *testing.T) {
 	}
 }
 
-// TestDemo runs the printed curl lines, on embedded defaults and on real servers,
-// and ends the demo by Ctrl-C.
+// TestDemo runs the printed curl lines, without servers, with a temporary PostgreSQL and on
+// servers that run, and ends the demo by Ctrl-C.
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	bodies := contract.Bodies(t)
-	t.Run("embedded", func(t *testing.T) {
-		d := startDemo(t)
-		d.checkCurl(t, bodies)
-		d.interrupt(t)
-	})
+	for name, args := range map[string][]string{"in memory": {"--in-memory"}, "temporary PostgreSQL": nil} {
+		t.Run(name, func(t *testing.T) {
+			d := startDemo(t, args...)
+			d.checkCurl(t, bodies)
+			d.interrupt(t)
+		})
+	}
 	t.Run("servers", func(t *testing.T) {
 		pool := testservers.Postgres(t)
 		if _, err := pool.Exec(t.Context(), `INSERT INTO plan_catalogue VALUES ('mine', true);
@@ -198,12 +202,9 @@ func TestDocumentedClient(t *testing.T) {
 	t.Parallel()
 	node, err := exec.LookPath("node")
 	if err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("node is not installed: 'apt-get install nodejs'")
-		}
-		t.Skip("node is not installed")
+		t.Fatal("node is not installed: 'make servers' installs it")
 	}
-	d := startDemo(t)
+	d := startDemo(t, "--in-memory")
 	type request struct {
 		Authorization *string `json:"authorization"`
 	}
@@ -319,51 +320,27 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// TestServeDrains: a request that is under way when the end comes is answered.
-func TestServeDrains(t *testing.T) {
+// TestDialTLS: the connections of the demo's links are protected by TLS where the URL of
+// Redis says so.
+func TestDialTLS(t *testing.T) {
 	t.Parallel()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	server := httptest.NewTLSServer(http.NotFoundHandler())
+	defer server.Close()
+	config := server.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
+	config.ServerName = "example.com" // for which the server has a certificate
+	dial := through(new(net.Dialer).DialContext, config)
+	conn, err := dial(t.Context(), "tcp", server.Listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	started, release := make(chan struct{}), make(chan struct{})
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		close(started)
-		<-release
-		_, _ = io.WriteString(w, "done")
-	})}
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- serve(ctx, server, listener) }()
-	answer := make(chan string, 1)
-	go func() {
-		resp, err := http.Get("http://" + listener.Addr().String())
-		if err != nil {
-			answer <- err.Error()
-			return
-		}
-		defer resp.Body.Close()
-		body, _ := io.ReadAll(resp.Body)
-		answer <- string(body)
-	}()
-	<-started
-	cancel()
-	for { // until it takes no more
-		conn, err := net.Dial("tcp", listener.Addr().String())
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			break
-		}
-		if err == nil {
-			_ = conn.Close()
-		}
-		time.Sleep(time.Millisecond)
+	defer conn.Close()
+	if _, err := io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		t.Fatal(err)
 	}
-	close(release)
-	if got := <-answer; got != "done" {
-		t.Errorf("the request under way was answered %q", got)
+	if answer, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.0 404") {
+		t.Errorf("answered %q, %v", answer, err)
 	}
-	if err := <-ended; err != nil {
-		t.Error(err)
+	if through(nil, config) != nil {
+		t.Error("the client's own dialer is replaced")
 	}
-	http.DefaultClient.CloseIdleConnections()
 }

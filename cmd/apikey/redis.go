@@ -4,8 +4,10 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"strings"
 	"time"
@@ -13,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
 
+	"github.com/trackpilots/apikey/cmd/apikey/demo"
 	"github.com/trackpilots/apikey/internal/shared"
 )
 
@@ -21,12 +24,12 @@ import (
 const probeName = shared.Root + "doctor"
 
 // openRedis connects to redisURL, which may be that of a node of a Redis Cluster, or of a
-// Sentinel if it has a master_name.
-func openRedis(ctx context.Context, redisURL string) (redis.UniversalClient, error) {
+// Sentinel if it has a master_name. dial opens its connections; nil: as the client does.
+func openRedis(ctx context.Context, redisURL string, dial demo.Dialer) (redis.UniversalClient, error) {
 	logging.Disable() // what matters comes back as an error
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	rdb, err := newRedis(redisURL)
+	rdb, err := newRedis(redisURL, dial)
 	if err != nil {
 		// The error may quote the password.
 		return nil, errors.New("the Redis URL cannot be parsed: use redis://user:password@host:6379/0, or rediss:// for TLS, and write %40 for @, %2F for / and %25 for % in the password")
@@ -42,7 +45,7 @@ func openRedis(ctx context.Context, redisURL string) (redis.UniversalClient, err
 			if err != nil {
 				return nil, errors.New("the Redis URL is of a cluster, and cannot be parsed as such")
 			}
-			opts.ContextTimeoutEnabled = true
+			opts.ContextTimeoutEnabled, opts.Dialer = true, through(dial, opts.TLSConfig)
 			return redis.NewClusterClient(opts), nil
 		default:
 			_ = rdb.Close()
@@ -52,21 +55,36 @@ func openRedis(ctx context.Context, redisURL string) (redis.UniversalClient, err
 	return rdb, nil
 }
 
-func newRedis(redisURL string) (redis.UniversalClient, error) {
+func newRedis(redisURL string, dial demo.Dialer) (redis.UniversalClient, error) {
 	if u, err := url.Parse(redisURL); err == nil && u.Query().Has("master_name") {
 		opts, err := redis.ParseFailoverURL(redisURL)
 		if err != nil {
 			return nil, err
 		}
-		opts.ContextTimeoutEnabled = true
+		opts.ContextTimeoutEnabled, opts.Dialer = true, through(dial, opts.TLSConfig)
 		return redis.NewFailoverClient(opts), nil
 	}
 	opts, err := redis.ParseURL(redisURL)
 	if err != nil {
 		return nil, err
 	}
-	opts.ContextTimeoutEnabled = true
+	opts.ContextTimeoutEnabled, opts.Dialer = true, through(dial, opts.TLSConfig)
 	return redis.NewClient(opts), nil
+}
+
+// through returns dial for connections that TLS may protect; nil for nil. A client leaves TLS
+// to a dialer that is not its own.
+func through(dial demo.Dialer, config *tls.Config) demo.Dialer {
+	if dial == nil || config == nil {
+		return dial
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return tls.Client(conn, config), nil
+	}
 }
 
 // checkRedis does a SET and a GET, as a cache does.
