@@ -261,7 +261,7 @@ func publish(t *testing.T, results []result) {
 		}
 	}
 	draw(t, "warm.svg", "A request with a warm key (logarithmic)", warm)
-	draw(t, "revoked.svg", "How long a revoked key goes on working, median (logarithmic)", revoked)
+	draw(t, "revoked.svg", "How long a revoked key still works, median (logarithmic)", revoked)
 }
 
 // machine is what a table was measured on.

@@ -93,6 +93,15 @@ func TestReadmeProgram(t *testing.T) {
 	if want := org.ID + " " + org.KeyID + " starter\n"; string(body) != want {
 		t.Errorf("it answers %q, want %q", body, want)
 	}
+	resp, err := http.Get("http://" + addr + "/v1/whoami")
+	world.MustNot(t, err)
+	body, err = io.ReadAll(resp.Body)
+	world.MustNot(t, err)
+	resp.Body.Close()
+	http.DefaultClient.CloseIdleConnections()
+	if resp.StatusCode != http.StatusUnauthorized || !strings.Contains(readme(t), "\n    "+string(body)+"\n") {
+		t.Errorf("without a key it answers %d %s, which is not in the README", resp.StatusCode, body)
+	}
 	world.MustNot(t, cmd.Process.Signal(syscall.SIGTERM))
 	if err := <-exited; err != nil {
 		t.Errorf("it ends with %v\n%s", err, log.take())
