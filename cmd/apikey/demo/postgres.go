@@ -107,8 +107,17 @@ func (p *postgres) open(ctx context.Context, l *links) (replicaStores, error) {
 	}, nil
 }
 
-func (p *postgres) facts(ctx context.Context, rows []*row) (facts, error) {
-	return readFacts(ctx, apikey.NewPostgresKeyStore(p.pool), apikey.NewPostgresPlanStore(p.pool), rows)
+func (p *postgres) facts(ctx context.Context, rows []*row) (f facts, err error) {
+	var hashes []apikey.KeyHash
+	var orgs []string
+	for _, r := range rows {
+		hashes, orgs = append(hashes, r.hash), append(orgs, r.orgID)
+	}
+	if f.keys, err = apikey.NewPostgresKeyStore(p.pool).Keys(ctx, hashes); err != nil {
+		return f, err
+	}
+	f.plans, err = apikey.NewPostgresPlanStore(p.pool).Plans(ctx, orgs)
+	return f, err
 }
 
 func (p *postgres) change(ctx context.Context, action string, r *row) (created *row, err error) {

@@ -6,13 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
 	"github.com/trackpilots/apikey"
-	"github.com/trackpilots/apikey/admin"
-	"github.com/trackpilots/apikey/apikeytest"
 	"github.com/trackpilots/apikey/internal/faultproxy"
+	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/localserver"
 )
 
@@ -133,79 +133,73 @@ func openStore(ctx context.Context, config Config, rows []*row, s *setting) (sto
 
 // memory is a store without a server. Faults of the database are injected.
 type memory struct {
-	*apikeytest.Store
 	mu   sync.Mutex
-	rows []*row
+	held facts
+	n    int // keys so far
 }
 
 func openMemory(rows []*row) *memory {
-	m := &memory{Store: apikeytest.NewStore(), rows: rows}
+	m := &memory{held: facts{map[apikey.KeyHash]apikey.Key{}, map[string]apikey.Plan{}}}
 	for _, r := range rows {
-		r.keyID = m.Import(r.orgID, r.apiKey, admin.NewKey{ExpiresAt: r.key.ExpiresAt})
-		if !r.key.Active {
-			m.Deactivate(r.keyID)
-		}
+		m.add(r, r.key)
 		if r.plan != nil {
-			m.Subscribe(r.orgID, *r.plan)
+			m.held.plans[r.orgID] = *r.plan
 		}
 	}
 	return m
 }
 
-func (m *memory) open(_ context.Context, l *links) (replicaStores, error) {
-	reach := func(ctx context.Context) error { // as far as the link allows
-		switch l.database.present() {
-		case faultproxy.Down:
-			return errors.New("the demo has broken the database")
-		case faultproxy.Slow:
-			select {
-			case <-time.After(faultproxy.SlowBy):
-			case <-ctx.Done():
-				return ctx.Err()
-			}
+// add adds the key of a row.
+func (m *memory) add(r *row, key apikey.Key) {
+	m.n++
+	r.keyID = fmt.Sprintf("demo-key-%d", m.n)
+	key.ID, key.OrgID = r.keyID, r.orgID
+	m.held.keys[r.hash] = key
+}
+
+// read reads one fact, as far as the link to the database allows.
+func read[S comparable, V any](ctx context.Context, m *memory, database *link, held map[S]V, subject S) (v V, err error) {
+	switch database.present() {
+	case faultproxy.Down:
+		return v, errors.New("the demo has broken the database")
+	case faultproxy.Slow:
+		select {
+		case <-time.After(faultproxy.SlowBy):
+		case <-ctx.Done():
+			return v, ctx.Err()
 		}
-		return nil
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, found := held[subject]
+	if !found {
+		return v, apikey.ErrNotFound
+	}
+	return v, nil
+}
+
+func (m *memory) open(_ context.Context, l *links) (replicaStores, error) {
 	return replicaStores{
 		keys: apikey.KeyStoreFunc(func(ctx context.Context, h apikey.KeyHash) (apikey.Key, error) {
-			if err := reach(ctx); err != nil {
-				return apikey.Key{}, err
-			}
-			return m.Key(ctx, h)
+			return read(ctx, m, l.database, m.held.keys, h)
 		}),
 		plans: apikey.PlanStoreFunc(func(ctx context.Context, orgID string) (apikey.Plan, error) {
-			if err := reach(ctx); err != nil {
-				return apikey.Plan{}, err
-			}
-			return m.Plan(ctx, orgID)
+			return read(ctx, m, l.database, m.held.plans, orgID)
 		}),
 		close: func() {},
 	}, nil
 }
 
-func (m *memory) facts(ctx context.Context, rows []*row) (facts, error) {
-	return readFacts(ctx, m, m, rows)
-}
-
-// readFacts reads the facts of rows from two stores.
-func readFacts(ctx context.Context, keys apikey.BatchKeyStore, plans apikey.BatchPlanStore, rows []*row) (f facts, err error) {
-	var hashes []apikey.KeyHash
-	var orgs []string
-	for _, r := range rows {
-		hashes, orgs = append(hashes, r.hash), append(orgs, r.orgID)
-	}
-	if f.keys, err = keys.Keys(ctx, hashes); err != nil {
-		return f, err
-	}
-	f.plans, err = plans.Plans(ctx, orgs)
-	return f, err
-}
-
-func (m *memory) change(ctx context.Context, action string, r *row) (*row, error) {
+func (m *memory) facts(context.Context, []*row) (facts, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	_, err := m.Key(ctx, r.hash)
-	there := err == nil
+	return facts{maps.Clone(m.held.keys), maps.Clone(m.held.plans)}, nil
+}
+
+func (m *memory) change(_ context.Context, action string, r *row) (created *row, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	key, there := m.held.keys[r.hash]
 	switch action {
 	case deactivate, activate, remove, expire, rotate:
 		if !there {
@@ -214,43 +208,48 @@ func (m *memory) change(ctx context.Context, action string, r *row) (*row, error
 	}
 	switch action {
 	case deactivate:
-		m.Deactivate(r.keyID)
+		key.Active = false
 	case activate:
-		m.Activate(r.keyID)
-		m.Expire(r.keyID, time.Time{})
-	case remove:
-		m.Delete(r.keyID)
+		key.Active, key.ExpiresAt = true, time.Time{}
 	case expire:
-		m.Expire(r.keyID, time.Now())
-	case rotate, create:
-		if action == rotate {
-			m.Expire(r.keyID, time.Now().Add(overlap))
-		}
-		id, key := m.Create(r.orgID, admin.NewKey{Environment: admin.EnvironmentTest})
-		return newRow(r.orgID, id, key), nil
+		key.ExpiresAt = time.Now()
+	case rotate:
+		key.ExpiresAt = time.Now().Add(overlap)
 	case renew:
-		m.Subscribe(r.orgID, apikey.Plan{Name: starter, Status: apikey.PlanActive, APIAccess: m.includesAPI()})
+		m.held.plans[r.orgID] = apikey.Plan{Name: starter, Status: apikey.PlanActive, APIAccess: m.includesAPI()}
 	case endPlan:
-		m.Subscribe(r.orgID, apikey.Plan{Name: starter, Status: apikey.PlanExpired, APIAccess: m.includesAPI()})
+		m.held.plans[r.orgID] = apikey.Plan{Name: starter, Status: apikey.PlanExpired, APIAccess: m.includesAPI()}
 	case downgrade:
-		m.Subscribe(r.orgID, apikey.Plan{Name: basic, Status: apikey.PlanActive})
+		m.held.plans[r.orgID] = apikey.Plan{Name: basic, Status: apikey.PlanActive}
 	case closeTier, openTier:
-		for _, other := range m.rows {
-			if plan, err := m.Plan(ctx, other.orgID); err == nil && plan.Name == starter {
+		for orgID, plan := range m.held.plans {
+			if plan.Name == starter {
 				plan.APIAccess = action == openTier
-				m.Subscribe(other.orgID, plan)
+				m.held.plans[orgID] = plan
 			}
 		}
+	case remove, create:
 	default:
 		return nil, errNoAction
 	}
-	return nil, nil
+	if there {
+		m.held.keys[r.hash] = key
+	}
+	if action == remove {
+		delete(m.held.keys, r.hash)
+	}
+	if action == rotate || action == create {
+		created = newRow(r.orgID, "", keyformat.New(keyformat.Test))
+		m.add(created, apikey.Key{Active: true})
+	}
+	return created, nil
 }
 
-// includesAPI reports whether the tier starter includes the API at present.
+// includesAPI reports whether the tier starter includes the API at present. The caller holds
+// the lock.
 func (m *memory) includesAPI() bool {
-	for _, r := range m.rows {
-		if plan, err := m.Plan(context.Background(), r.orgID); err == nil && plan.Name == starter {
+	for _, plan := range m.held.plans {
+		if plan.Name == starter {
 			return plan.APIAccess
 		}
 	}
