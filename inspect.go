@@ -3,7 +3,6 @@ package apikey
 // Reading records in Redis as they are, to explain why a key is refused.
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -25,8 +24,8 @@ type CachedRecord[V Key | Plan] struct {
 }
 
 // InspectKey returns the record of a key in Redis, even if the cache would not use it. An
-// error means that Redis could not be read.
-func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], error) {
+// error means that Redis could not be read within RedisTimeout.
+func (c *Cache) InspectKey(h KeyHash) (CachedRecord[Key], error) {
 	name, rec, err := c.keys.Inspect(h)
 	r, err := inspected(name, rec, err, func(k *keyFacts) Key { return k.Key })
 	if rec != nil {
@@ -38,7 +37,7 @@ func (c *Cache) InspectKey(_ context.Context, h KeyHash) (CachedRecord[Key], err
 }
 
 // InspectPlan is like [Cache.InspectKey] for the plan of an organisation.
-func (c *Cache) InspectPlan(_ context.Context, orgID string) (CachedRecord[Plan], error) {
+func (c *Cache) InspectPlan(orgID string) (CachedRecord[Plan], error) {
 	name, rec, err := c.plans.Inspect(orgID)
 	return inspected(name, rec, err, func(p *Plan) Plan { return *p })
 }

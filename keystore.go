@@ -230,7 +230,7 @@ func lookUp[S any](ctx context.Context, on pg.OneTrip, sql lookupSQL, subjects [
 		statement, arg = sql.one, subjects[0]
 	}
 	args := []any{pgx.QueryExecModeExec, arg}
-	if isDirect(conn) {
+	if isUnpooled(conn) {
 		args = args[1:]
 	}
 	rows, err := db.Query(ctx, statement, args...)
@@ -249,7 +249,7 @@ func lookUp[S any](ctx context.Context, on pg.OneTrip, sql lookupSQL, subjects [
 		return err
 	}
 	if conn != nil && conn.PgConn().PID() == pid {
-		conn.PgConn().CustomData()[directKey] = true
+		conn.PgConn().CustomData()[unpooledKey] = true
 	}
 	snapshot.ReportOrigin(ctx, origin)
 	if server == 0 {
@@ -260,14 +260,14 @@ func lookUp[S any](ctx context.Context, on pg.OneTrip, sql lookupSQL, subjects [
 	return nil
 }
 
-// directKey marks connections without a pooler in between.
-const directKey = "github.com/trackpilots/apikey: direct"
+// unpooledKey marks connections without a pooler in between.
+const unpooledKey = "github.com/trackpilots/apikey: without a pooler"
 
-// isDirect reports whether conn is known to lead to PostgreSQL itself: the process that
+// isUnpooled reports whether conn is known to lead to PostgreSQL itself: the process that
 // answers is the one that it was connected to. A pooler may run each statement on another
 // connection, where it is not prepared.
-func isDirect(conn *pgx.Conn) bool {
-	return conn != nil && conn.PgConn().CustomData()[directKey] != nil
+func isUnpooled(conn *pgx.Conn) bool {
+	return conn != nil && conn.PgConn().CustomData()[unpooledKey] != nil
 }
 
 // acquire takes a connection from pool. If the server refuses further connections, it

@@ -258,7 +258,7 @@ func TestNamespace(t *testing.T) {
 	a := world.NewReplica(first, rdb, secret, &apikey.CacheOptions{Namespace: "production", MemoryEntries: -1})
 	world.WaitFor(t, func() bool {
 		a.WantCode(t, apiKey, world.Admitted)
-		record, _ := a.Cache.InspectKey(t.Context(), apikey.HashKey(apiKey))
+		record, _ := a.Cache.InspectKey(apikey.HashKey(apiKey))
 		return record.Found
 	})
 	world.NewReplica(second, rdb, secret, &apikey.CacheOptions{Namespace: "staging"}).WantCode(t, apiKey, world.Invalid)

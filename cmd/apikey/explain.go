@@ -222,7 +222,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 	cache := apikey.NewCache(rdb, []byte(secret), &apikey.CacheOptions{Namespace: namespace, RedisTimeout: connectTimeout})
 	var withKey apikey.CachedRecord[apikey.Plan] // the plan in the record of the key
 	if e.hash != nil {
-		r, err := cache.InspectKey(ctx, *e.hash)
+		r, err := cache.InspectKey(*e.hash)
 		if err != nil {
 			return err
 		}
@@ -234,7 +234,7 @@ func (e *explanation) addRedis(ctx context.Context, redisURL, namespace string) 
 		e.Redis = append(e.Redis, toRecordJSON(r, same))
 	}
 	if e.Key != nil {
-		r, err := cache.InspectPlan(ctx, e.Key.OrgID)
+		r, err := cache.InspectPlan(e.Key.OrgID)
 		if err != nil {
 			return err
 		}
