@@ -98,8 +98,9 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.store.close()) }()
-	d.refresh(ctx)
-
+	if err := d.refresh(ctx); err != nil {
+		return err
+	}
 	openRedis, closeRedis, err := d.openRedis()
 	if err != nil {
 		return err
@@ -110,8 +111,6 @@ func Run(ctx context.Context, config Config) (err error) {
 
 	running, stop := context.WithCancel(context.WithoutCancel(ctx))
 	d.running = running
-	var background sync.WaitGroup
-	defer background.Wait()
 	defer stop()
 	for i := range replicaNames {
 		rdb, err := openRedis(ctx)
@@ -126,6 +125,9 @@ func Run(ctx context.Context, config Config) (err error) {
 		defer r.stop()
 		d.replicas = append(d.replicas, r)
 	}
+	var background sync.WaitGroup
+	defer background.Wait() // before what it uses is closed
+	defer stop()
 	for _, r := range d.replicas {
 		background.Go(func() { r.probe(running) })
 	}

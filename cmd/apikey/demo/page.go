@@ -26,6 +26,7 @@ const (
 	sendEvery    = 200 * time.Millisecond
 	refreshEvery = time.Second // also shows what somebody changes in psql
 	changesKept  = 8
+	hurryFor     = 10 * time.Second // after a change
 )
 
 // A change is a change of a key or plan, and when the replicas have answered by it.
@@ -150,7 +151,9 @@ func (d *demo) change(r *http.Request) error {
 		d.chosen, target, before = created, created, "none"
 		d.mu.Unlock()
 	}
-	d.refresh(context.WithoutCancel(r.Context()))
+	if err := d.refresh(context.WithoutCancel(r.Context())); err != nil {
+		return fmt.Errorf("the change was made, but its effect is not known: %w", err)
+	}
 	d.mu.Lock()
 	c.Want, c.apiKey = d.known.code(target, c.at), target.apiKey
 	if c.Same = c.Want == before; c.Same {
@@ -169,8 +172,8 @@ func (d *demo) change(r *http.Request) error {
 	return nil
 }
 
-// answered notes an answer of a replica, and reports whether the replica is still to answer
-// by the last change.
+// answered notes an answer of a replica, and reports whether the next one is wanted soon,
+// since the replica does not answer by the last change yet.
 func (d *demo) answered(index int, a answer) (soon bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -182,14 +185,14 @@ func (d *demo) answered(index int, a answer) (soon bool) {
 		return d.hurry.Load()
 	}
 	if a.code != c.Want || a.since.Before(c.begin) {
-		return true
+		return time.Since(c.at) < hurryFor
 	}
 	c.Millis[index] = new(max(0, float64(a.since.Sub(c.at).Microseconds())/1000))
 	return d.hurry.Load()
 }
 
 // refresh reads what the store holds.
-func (d *demo) refresh(ctx context.Context) {
+func (d *demo) refresh(ctx context.Context) error {
 	d.mu.Lock()
 	rows := slices.Clone(d.rows)
 	d.mu.Unlock()
@@ -197,11 +200,12 @@ func (d *demo) refresh(ctx context.Context) {
 	defer cancel()
 	known, err := d.store.facts(ctx, rows)
 	if err != nil {
-		return // the next time
+		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.known = known
+	return nil
 }
 
 func (d *demo) keepRefreshing(ctx context.Context) {
@@ -210,7 +214,7 @@ func (d *demo) keepRefreshing(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-time.After(refreshEvery):
-			d.refresh(ctx)
+			_ = d.refresh(ctx) // if it fails, then the next time
 		}
 	}
 }
@@ -240,7 +244,6 @@ type event struct {
 type replicaJSON struct {
 	Name    string            `json:"name"`
 	Samples []sample          `json:"samples"`
-	Stats   apikey.CacheStats `json:"-"`
 	Counts  map[string]uint64 `json:"counts"`
 	Live    bool              `json:"live"`
 	Fault   string            `json:"fault"`

@@ -138,6 +138,7 @@ function showSetting(setting) {
 		(setting.loopback ? `It listens on ${setting.listening}, for this machine only.` : `It listens on ${setting.listening}, for the whole network.`);
 	$("#simulated").hidden = !setting.simulated;
 	$("#simulated ul").replaceChildren(...(setting.simulated ?? []).map((text) => element("li", {}, text)));
+	$("#bound").textContent = `Without announcements a change takes effect within ${setting.maxStaleness / 1e9} s (MaxStaleness).`;
 	$("#psql").hidden = !setting.psql;
 	$("#psql code").textContent = setting.psql;
 }
