@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
 
 	"github.com/redis/go-redis/v9"
@@ -45,7 +46,7 @@ func runDemo(ctx context.Context, a *app, args []string) error {
 	}
 	var err error
 	if config.Listener, err = net.Listen("tcp", *addr); err != nil {
-		return err
+		return fmt.Errorf("%w: choose another address with --addr, such as localhost:0", err)
 	}
 	return demo.Run(ctx, config)
 }
