@@ -33,11 +33,11 @@ fuzz:
 
 # Random faults and random changes under load, for as long as SOAK says.
 soak: servers
-	go test -count=1 -run='^TestSoak$$' -soak.for=$(SOAK) -timeout=0 -v ./systemtest
+	go test ./systemtest -count=1 -run='^TestSoak$$' -timeout=0 -v -soak.for=$(SOAK)
 
 # As many made-up keys as FLOOD says.
 flood: servers
-	go test -count=1 -run='^TestFlood$$' -flood.keys=$(FLOOD) -timeout=0 -v ./systemtest
+	go test ./systemtest -count=1 -run='^TestFlood$$' -timeout=0 -v -flood.keys=$(FLOOD)
 
 # Benchmarks of the package, then of its peers beside it: with -write, into bench/README.md.
 bench: servers
