@@ -231,7 +231,7 @@ func ExampleNewLastUsed() {
 	}
 }
 
-// A page for those who look after the service.
+// A page for the operators of the service.
 func ExampleCache_Stats() {
 	var cache *apikey.Cache // the service's own
 	http.HandleFunc("GET /internal/apikey", func(w http.ResponseWriter, _ *http.Request) {

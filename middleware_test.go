@@ -446,7 +446,7 @@ func TestPlanOutage(t *testing.T) {
 	}
 }
 
-// TestStoreWithoutOrg: a store that forgets whose key it is admits nobody.
+// TestStoreWithoutOrg: a store that returns a key without its organisation admits nobody.
 func TestStoreWithoutOrg(t *testing.T) {
 	w := world.NewMemory()
 	key, _ := w.Enrol(t, world.Live, world.Paid)

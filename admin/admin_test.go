@@ -32,7 +32,7 @@ func wantInputError(t *testing.T, err error, field, want string) {
 
 func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
-// keys are the keys in a database, as they are looked after and as they are looked up.
+// keys are the keys in a database, for managing them and for looking them up.
 type keys struct {
 	*admin.Keys
 	*apikey.PostgresKeyStore

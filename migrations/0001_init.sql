@@ -1,5 +1,5 @@
 -- Keys, plans, and the triggers that announce their changes. PostgreSQL 13 or later.
--- What goose needs to be told stands in comments; other tools pass over them.
+-- The comments with +goose are for goose; other tools ignore them.
 
 -- +goose Up
 -- +goose StatementBegin

@@ -1,9 +1,9 @@
--- Announcements by way of a table, so that who writes keys and plans never runs NOTIFY.
--- They stay small when a change is large, and replication makes them, too.
+-- Announcements through a table, so that transactions which write keys and plans never run
+-- NOTIFY. Large changes make few announcements, and logical replication announces, too.
 --
--- NOTIFY takes a lock that all transactions of the server that notify hold until they
--- have committed: they commit one after the other. It fails in a transaction that is to
--- be prepared (two-phase commit), and, when the notification queue is full, at commit.
+-- NOTIFY takes a lock that all notifying transactions of the server hold until they have
+-- committed, so that they commit one after the other. It fails in a transaction that is
+-- prepared (two-phase commit), and at commit if the notification queue is full.
 
 -- +goose Up
 -- +goose StatementBegin
@@ -25,10 +25,10 @@ DROP FUNCTION apikey_announce_key, apikey_announce_plan, apikey_announce_all;
 --     plans <xid>            all plans
 --     tier <xid> <name>      all plans of the tier
 --
--- Who announces it is the replicas: see apikey_announce.
+-- The replicas announce it: see apikey_announce.
 
--- Changes that have not been announced. UNLOGGED, since nobody needs them after a crash:
--- who listens begins anew then, and uses nothing that was read before.
+-- Changes that were not announced yet. UNLOGGED, since nobody needs them after a crash: the
+-- listeners start again then, and trust nothing that was read before.
 CREATE UNLOGGED TABLE apikey_outbox (
     xid     xid8        NOT NULL DEFAULT pg_catalog.pg_current_xact_id(),
     kind    text        NOT NULL,
@@ -36,16 +36,16 @@ CREATE UNLOGGED TABLE apikey_outbox (
     at      timestamptz NOT NULL DEFAULT now()
 );
 
--- The functions have the rights of the owner, so that the roles which change keys and
--- plans, and those that read them, need none on the table.
+-- The functions run with the rights of the owner, so that the roles that write or read keys
+-- and plans need no rights on this table.
 DO $do$
 BEGIN
 EXECUTE pg_catalog.format($format$
 
--- apikey_announce announces what was committed and is not announced yet, on the channel
--- apikey_changes, and returns a snapshot: all that is visible in it was
--- announced by transactions that have committed before this one, or by this one. So it
--- waits for those that are announcing. The replicas call it, all the time.
+-- apikey_announce announces what was committed and not announced yet, on the channel
+-- apikey_changes, and returns a snapshot. Everything that this snapshot sees was announced,
+-- by this call or by a transaction that has committed before. So it waits for others that
+-- are announcing. The replicas call it again and again.
 CREATE FUNCTION apikey_announce() RETURNS text LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE
     -- All names have a schema, and no operator is used, so that the caller's search_path
@@ -64,14 +64,14 @@ BEGIN
     RETURN snapshot;
 END $$;
 
--- The first 1,000 rows that a transaction changes are announced one by one. With one
--- more, all keys, or all plans, are announced once, and the rest is silent. The
--- setting that counts ends with the transaction, and goes back to a savepoint with it,
--- as the rows do.
+-- The first 1,000 rows that a transaction changes are announced one by one. The next one
+-- announces all keys, or all plans, and further ones announce nothing. The setting that
+-- counts is local to the transaction, and is rolled back to savepoints like the rows.
 --
--- These are row triggers that count, and not statement triggers with transition
--- tables: those copy the rows of every UPDATE, also of columns that nobody reads, and
--- the apply workers of logical replication do not fire them. The argument is the kind.
+-- These are row triggers that count, and not statement triggers with transition tables:
+-- transition tables copy the rows of every UPDATE, even of columns that nobody reads, and
+-- the apply workers of logical replication do not fire statement triggers. The argument is
+-- the kind.
 CREATE FUNCTION apikey_announce_row() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %1$I, pg_temp AS $$
 DECLARE
     most      CONSTANT integer := 1000;
@@ -133,8 +133,8 @@ END $$
 $format$, pg_catalog.current_schema());
 END $do$;
 
--- WHEN, and not UPDATE OF: that one looks at the columns a statement names, and
--- misses what another trigger changes in the row.
+-- WHEN, and not UPDATE OF, which looks at the columns that the statement names and misses
+-- what another trigger changes in the row.
 
 CREATE TRIGGER apikey_announce_insert_delete AFTER INSERT OR DELETE ON api_keys
     FOR EACH ROW EXECUTE FUNCTION apikey_announce_row('key');
@@ -158,8 +158,8 @@ CREATE TRIGGER apikey_announce_update AFTER UPDATE ON plan_catalogue FOR EACH RO
     WHEN (OLD.api_access IS DISTINCT FROM NEW.api_access)
     EXECUTE FUNCTION apikey_announce_tier();
 
--- The apply workers of logical replication, and sessions with session_replication_role
--- set to replica, fire only triggers that are always enabled.
+-- The apply workers of logical replication, and sessions with session_replication_role =
+-- replica, fire only triggers that are enabled ALWAYS.
 ALTER TABLE api_keys ENABLE ALWAYS TRIGGER apikey_announce_insert_delete;
 ALTER TABLE api_keys ENABLE ALWAYS TRIGGER apikey_announce_update;
 ALTER TABLE api_keys ENABLE ALWAYS TRIGGER apikey_announce_truncate;

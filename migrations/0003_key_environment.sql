@@ -1,4 +1,4 @@
--- What a key says that it is for, so that one that takes its place says the same.
+-- The environment in the text of a key, so that rotation keeps it.
 
 -- +goose Up
 ALTER TABLE api_keys ADD COLUMN environment text NOT NULL DEFAULT '' CHECK (environment IN ('', 'live', 'test'));

@@ -1,5 +1,5 @@
--- When keys were last used, in a table of its own: the rows of api_keys stay narrow, and
--- nobody who changes a key waits for those who write down uses.
+-- When keys were last used, in a separate table: the rows of api_keys stay narrow, and
+-- changing a key does not wait for the recording of uses.
 
 -- +goose Up
 CREATE TABLE api_key_uses (

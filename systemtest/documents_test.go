@@ -111,6 +111,50 @@ func TestReadmeProgram(t *testing.T) {
 	}
 }
 
+// TestSnippets compiles the Go of the documents that is no program.
+func TestSnippets(t *testing.T) {
+	t.Parallel()
+	const around = `package snippet
+
+import (
+	"context"
+	"net/http/httputil"
+	"net/url"
+	"os"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey"
+)
+
+var _, _, _ = os.Getenv, pgxpool.New, httputil.NewSingleHostReverseProxy
+
+func _(ctx context.Context, upstream *url.URL, cache *apikey.Cache) {
+	%s
+}
+`
+	n := 0
+	for _, name := range documents(t) {
+		for _, snippet := range regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(document(t, name), -1) {
+			if strings.HasPrefix(snippet[1], "package main") {
+				continue
+			}
+			n++
+			file := filepath.Join(t.TempDir(), "snippet.go")
+			world.MustNot(t, os.WriteFile(file, fmt.Appendf(nil, around, snippet[1]), 0o600))
+			out, _ := exec.Command("go", "build", "-gcflags=-e", file).CombinedOutput()
+			for line := range strings.Lines(string(out)) {
+				if !strings.HasPrefix(line, "#") && !strings.Contains(line, "declared and not used") {
+					t.Errorf("%s: %s%s", name, line, snippet[1])
+				}
+			}
+		}
+	}
+	if n < 2 {
+		t.Errorf("the documents have %d snippets only", n)
+	}
+}
+
 // TestReadmeCommands runs the block that begins with DATABASE_URL, on a database
 // of the test's own.
 func TestReadmeCommands(t *testing.T) {

@@ -91,7 +91,7 @@ func TestAnotherDatabase(t *testing.T) {
 				t.Errorf("%d unannounced changes", n)
 			}
 
-			// In an outage of the new one, what the old one said is worth nothing.
+			// In an outage of the new one, facts of the old one are not used.
 			servers[1].Crash(t)
 			time.Sleep(historyStaleness)
 			for _, r := range []world.Replica{r, fresh} {

@@ -327,7 +327,7 @@ func TestPgBouncer(t *testing.T) {
 }
 
 // TestExecModes: whatever the mode of the pool is, and whether PgBouncer is in between or
-// not, keys are found, and looked after.
+// not, keys are found and can be managed.
 func TestExecModes(t *testing.T) {
 	testservers.Long(t)
 	t.Parallel()

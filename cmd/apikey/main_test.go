@@ -130,7 +130,7 @@ func TestDemo(t *testing.T) {
 		first, second := startDemo(t, args...), startDemo(t, args...)
 		first.checkCurl(t, bodies)
 		first.interrupt(t)
-		second.checkCurl(t, bodies) // one that ends does not pull the rug from under another
+		second.checkCurl(t, bodies) // the other demo still has its rows
 		// What somebody does in psql takes effect, well before what is known grows old.
 		if _, err := pool.Exec(t.Context(), `UPDATE org_plans SET status = 'expired' WHERE org_id = 'demo-paying'`); err != nil {
 			t.Fatal(err)

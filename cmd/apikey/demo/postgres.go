@@ -64,8 +64,7 @@ func openPostgres(ctx context.Context, config *pgxpool.Config, rows []*row, serv
 	return p, nil
 }
 
-// insert adds a row as it is to begin with. That is not for package admin: a key may have
-// expired.
+// insert adds a row in its first state, which package admin cannot: a key may have expired.
 func (p *postgres) insert(ctx context.Context, tx pgx.Tx, r *row) error {
 	err := tx.QueryRow(ctx, `INSERT INTO api_keys (org_id, name, key_hash, active, expires_at, environment) VALUES ($1, 'demo', $2, $3, $4, 'test')
 		RETURNING id::text`, r.orgID, r.hash[:], r.key.Active, pg.NullTime(r.key.ExpiresAt)).Scan(&r.keyID)

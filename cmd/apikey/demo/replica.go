@@ -92,7 +92,7 @@ func (r *replica) start(ctx context.Context) error {
 	return nil
 }
 
-// restart forgets everything that the replica has in memory, as a deployment does.
+// restart starts the replica anew, with an empty memory, as a deployment does.
 func (r *replica) restart(ctx context.Context) error {
 	old := r.running.Load()
 	if err := r.start(ctx); err != nil {
