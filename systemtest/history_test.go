@@ -218,8 +218,11 @@ func TestOneRedis(t *testing.T) {
 	}
 	for name, other := range map[string]func(t *testing.T, paid string) string{
 		"two databases of one server": func(t *testing.T, _ string) string { return testservers.PostgresURL(t) },
-		"two servers":                 func(t *testing.T, _ string) string { return testservers.Migrated(t, testservers.StartPostgres(t).URL) },
-		"two schemas":                 schema,
+		"two servers": func(t *testing.T, _ string) string {
+			testservers.Long(t)
+			return testservers.Migrated(t, testservers.StartPostgres(t).URL)
+		},
+		"two schemas": schema,
 	} {
 		t.Run(name, func(t *testing.T) {
 			url := testservers.PostgresURL(t)

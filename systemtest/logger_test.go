@@ -39,6 +39,7 @@ func (l *lines) take() string {
 
 // TestLogger: it is told once when something is lost, and once when it is back.
 func TestLogger(t *testing.T) {
+	testservers.Long(t)
 	t.Parallel()
 	w := world.NewPostgres(t)
 	address, postgres := testservers.ProxyPostgres(t, w.Pool.Config().ConnString())

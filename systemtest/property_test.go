@@ -297,7 +297,7 @@ func runHistory(t *testing.T, uses int64, store func(*pgxpool.Pool) apikey.KeySt
 	return h
 }
 
-var propertyUses = flag.Int64("property.uses", int64(testservers.Sized(5_000, 40_000)), "uses of facts in TestProperty")
+var propertyUses = flag.Int64("property.uses", int64(testservers.Sized(3_000, 40_000)), "uses of facts in TestProperty")
 
 // TestProperty: concurrent writers with delays, savepoints, rollbacks and long
 // transactions; readers on three replicas whose fills are held back in the store

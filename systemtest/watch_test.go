@@ -249,6 +249,9 @@ func TestBrokenFeeds(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
+			if strings.Contains(name, "path") || strings.Contains(name, "between") {
+				testservers.Long(t)
+			}
 			t.Parallel()
 			l := new(link)
 			f := world.NewFleet(t, 1, &apikey.CacheOptions{

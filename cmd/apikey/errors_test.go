@@ -62,7 +62,7 @@ func TestNoPasswords(t *testing.T) {
 	}
 	for what, rest := range urls {
 		t.Run(what, func(t *testing.T) {
-			if what != "away" && what != "bad port" {
+			if what != "away" {
 				testservers.Long(t)
 			}
 			t.Parallel()

@@ -417,6 +417,7 @@ func TestDoctor(t *testing.T) {
 		{"table gone", `ALTER TABLE org_plans RENAME TO o`, "lookups", stateFault, "does not exist"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			s := shell{databaseURL: testservers.PostgresURL(t)}
 			exec(t, testservers.Pool(t, s.databaseURL), c.sql)
 			stdout, _, status := s.run(t, "", "doctor", "--json")
@@ -442,6 +443,7 @@ func TestDoctor(t *testing.T) {
 	}
 
 	t.Run("Redis", func(t *testing.T) {
+		t.Parallel()
 		s := shell{testservers.PostgresURL(t), testservers.StartRedis(t, "--maxmemory", "10mb").URL}
 		if out := s.must(t, "", "doctor"); !strings.Contains(out, "maxmemory-policy is noeviction") || !strings.Contains(out, "SET, and GET in") {
 			t.Errorf("doctor says\n%s", out)
@@ -452,6 +454,7 @@ func TestDoctor(t *testing.T) {
 		}
 	})
 	t.Run("PgBouncer", func(t *testing.T) {
+		t.Parallel()
 		s := shell{databaseURL: testservers.PgBouncer(t, testservers.PostgresURL(t)) + "&default_query_exec_mode=simple_protocol"}
 		if out, _, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(out, "is a pooler in transaction mode in between?") {
 			t.Errorf("doctor says %d\n%s", status, out)

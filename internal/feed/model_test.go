@@ -10,6 +10,7 @@ import (
 
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/snapshot"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
 
 // A state is a database, a session and one record, small enough to go through every
@@ -325,12 +326,16 @@ func TestModel(t *testing.T) {
 		}
 		t.Logf("%d states in up to %d moves with %d transactions", states, moves, transactions)
 	}
-	for _, broken := range []mistake{noServer, noUnseen, timeAfterRead, noFirst, noRefutation, noListen, noDrain, noWait, noSecond} {
-		way, states := search(broken, *modelMoves, 2)
-		if way == nil {
-			t.Errorf("%s, and none of %d states shows it", broken, states)
-			continue
-		}
-		t.Logf("%s: %d states, then %q", broken, states, way)
+	for i, broken := range []mistake{noServer, noUnseen, noFirst, timeAfterRead, noRefutation, noListen, noDrain, noWait, noSecond} {
+		t.Run(string(broken), func(t *testing.T) {
+			if i > 2 {
+				testservers.Long(t)
+			}
+			way, states := search(broken, *modelMoves, 2)
+			if way == nil {
+				t.Errorf("none of %d states shows it", states)
+			}
+			t.Logf("%d states, then %q", states, way)
+		})
 	}
 }
