@@ -1,5 +1,5 @@
 -- Keys, plans, and the triggers that announce their changes. PostgreSQL 13 or later.
--- The comments with +goose are for goose; other tools ignore them.
+-- Some comments are instructions for goose; other tools ignore them.
 
 -- +goose Up
 -- +goose StatementBegin
