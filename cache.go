@@ -279,9 +279,9 @@ func honoursContext(rdb redis.UniversalClient) bool {
 }
 
 // Ready waits until announcements are known to arrive for the first time, which takes some
-// hundred milliseconds after [Cache.Watch] was called. If ctx ends first, it returns an error with the cause and
-// the last fault of Watch. The cache can be used earlier; it then reads from the store more
-// often.
+// hundred milliseconds after [Cache.Watch] was called. If ctx ends first, it returns an error
+// with the cause and the last fault of Watch. The cache can be used earlier; it then reads
+// from the store more often.
 func (c *Cache) Ready(ctx context.Context) error {
 	select {
 	case <-c.shared.Log.WentLive():

@@ -20,6 +20,7 @@ import (
 	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/keyformat"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // wantInputError wants an InputError that names the field and says want.
@@ -48,23 +49,6 @@ type plans struct {
 
 func newPlans(db apikey.DB) plans { return plans{admin.NewPlans(db), apikey.NewPostgresPlanStore(db)} }
 
-func mustNot(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// partOf returns eight characters of a key that are in text; "" if there are none.
-func partOf(text, key string) string {
-	for i := len("tpk_live_"); i+8 <= len(key); i++ {
-		if strings.Contains(text, key[i:i+8]) {
-			return key[i : i+8]
-		}
-	}
-	return ""
-}
-
 func TestCreate(t *testing.T) {
 	pool := testservers.Postgres(t)
 	s := newKeys(pool)
@@ -90,8 +74,8 @@ func TestCreate(t *testing.T) {
 			t.Errorf("Key = %+v, %v, want %+v", found, err, want)
 		}
 		var stored string
-		mustNot(t, pool.QueryRow(t.Context(), `SELECT string_agg(k::text, ' ') FROM api_keys k`).Scan(&stored))
-		if part := partOf(stored, key); part != "" {
+		world.MustNot(t, pool.QueryRow(t.Context(), `SELECT string_agg(k::text, ' ') FROM api_keys k`).Scan(&stored))
+		if part := world.PartOf(stored, key); part != "" {
 			t.Errorf("%s is in the database: %s", part, stored)
 		}
 		byID, err := s.Find(t.Context(), info.ID)
@@ -158,7 +142,7 @@ func TestSecretPrints(t *testing.T) {
 	out.Write(encoded)
 	slog.New(slog.NewTextHandler(&out, nil)).Info("m", "s", secret, "v", value)
 	slog.New(slog.NewJSONHandler(&out, nil)).Info("m", "s", secret, "v", value)
-	if part := partOf(out.String(), secret.Reveal()); part != "" {
+	if part := world.PartOf(out.String(), secret.Reveal()); part != "" {
 		t.Errorf("%s is shown in\n%s", part, out.String())
 	}
 	if !strings.Contains(out.String(), "[redacted]") || !strings.Contains(string(encoded), `"Shown":"[redacted]"`) {

@@ -33,6 +33,7 @@ import (
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/admin"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 // ttl is how long the peers' caches keep a key: the shortest that is usual.
@@ -187,20 +188,8 @@ var peers = []peer{
 		prepare: func(t testing.TB, e *environment, next http.Handler) instance {
 			pool, sql := e.pool(t)
 			cache := apikey.NewCache(testservers.RedisAt(t, e.redisURL), secret, nil)
-			ctx, cancel := context.WithCancel(context.Background())
-			done := make(chan error)
-			go func() { done <- cache.Watch(ctx, pool) }()
-			t.Cleanup(func() {
-				cancel()
-				if err := <-done; err != nil {
-					t.Error(err)
-				}
-			})
-			for deadline := time.Now().Add(10 * time.Second); !cache.Stats().FeedLive; time.Sleep(time.Millisecond) {
-				if time.Now().After(deadline) {
-					t.Fatal(cache.Stats().FeedErr)
-				}
-			}
+			world.Watch(t, cache, pool)
+			world.Ready(t, cache)
 			auth := apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache})
 			return instance{Handler: auth.Handler(next), sql: sql.n.Load, stats: cache.Stats}
 		},

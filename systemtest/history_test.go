@@ -15,7 +15,7 @@ import (
 	"github.com/trackpilots/apikey/internal/world"
 )
 
-const historyStaleness = time.Second // MaxStaleness
+const shortStaleness = time.Second // MaxStaleness
 
 // within waits for an answer for as long as facts may go unnoticed, and some time for a
 // busy machine.
@@ -23,7 +23,7 @@ func within(t *testing.T, r world.Replica, apiKey, want string) {
 	t.Helper()
 	start := time.Now()
 	for r.Ask(apiKey) != want {
-		if time.Since(start) > historyStaleness+2*time.Second {
+		if time.Since(start) > shortStaleness+2*time.Second {
 			t.Fatalf("answers %q after %v, want %q", r.Ask(apiKey), time.Since(start), want)
 		}
 		time.Sleep(time.Millisecond)
@@ -50,7 +50,7 @@ func TestAnotherDatabase(t *testing.T) {
 			}
 			address, proxy := testservers.ProxyPostgres(t, servers[0].URL)
 			rdb, secret := testservers.Redis(t), world.NewSecret()
-			opts := &apikey.CacheOptions{MaxStaleness: historyStaleness}
+			opts := &apikey.CacheOptions{MaxStaleness: shortStaleness}
 			w := world.NewPostgresOn(t, pools[0])
 			other := world.NewPostgresOn(t, pools[1])
 			revoked, org := w.Enrol(t, world.Live, world.Paid)
@@ -73,7 +73,7 @@ func TestAnotherDatabase(t *testing.T) {
 			world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
 			// Vouched for and announced as before.
 			before := r.Cache.Stats().StoreReads
-			for start := time.Now(); time.Since(start) < 2*historyStaleness; time.Sleep(10 * time.Millisecond) {
+			for start := time.Now(); time.Since(start) < 2*shortStaleness; time.Sleep(10 * time.Millisecond) {
 				r.WantCode(t, restored, world.Admitted)
 			}
 			if n := r.Cache.Stats().StoreReads - before; n > 2 {
@@ -93,7 +93,7 @@ func TestAnotherDatabase(t *testing.T) {
 
 			// In an outage of the new one, facts of the old one are not used.
 			servers[1].Crash(t)
-			time.Sleep(historyStaleness)
+			time.Sleep(shortStaleness)
 			for _, r := range []world.Replica{r, fresh} {
 				if got := r.Ask(lost); got == world.Admitted {
 					t.Error("in an outage, a key of the old database is admitted")
@@ -125,7 +125,7 @@ func TestPromotedStandby(t *testing.T) {
 	link, linkProxy := testservers.ProxyPostgres(t, primary.URL)
 	standby := testservers.StartStandby(t, link)
 	address, proxy := testservers.ProxyPostgres(t, primary.URL)
-	r := world.NewWatchedReplica(t, testservers.Pool(t, address), testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+	r := world.NewWatchedReplica(t, testservers.Pool(t, address), testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: shortStaleness})
 	kept, keptOrg := w.Enrol(t, world.Live, world.Paid)
 	lost, lostOrg := w.Enrol(t, world.Live, world.Paid)
 	r.WantCode(t, kept, world.Admitted)
@@ -165,7 +165,7 @@ func TestStandbyReads(t *testing.T) {
 	w := world.NewPostgresOn(t, testservers.Pool(t, testservers.Migrated(t, primary.URL)))
 	standby := testservers.Pool(t, testservers.StartStandby(t, primary.URL).URL)
 	apiKey, org := w.Enrol(t, world.Live, world.Paid)
-	cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+	cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: shortStaleness})
 	world.Watch(t, cache, w.Pool)
 	world.Ready(t, cache)
 	r := world.ReplicaOn(apikey.NewPostgresKeyStore(standby), apikey.NewPostgresPlanStore(standby), cache)
@@ -193,7 +193,7 @@ func TestReadsElsewhere(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			here, there := world.NewPostgres(t), world.NewPostgresOn(t, testservers.Pool(t, elsewhere()))
 			apiKey, org := there.Enrol(t, world.Live, world.Paid)
-			cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+			cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: shortStaleness})
 			world.Watch(t, cache, here.Pool)
 			world.Ready(t, cache)
 			r := world.ReplicaOn(there.PostgresKeyStore, there.PostgresPlanStore, cache)

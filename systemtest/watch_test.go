@@ -554,7 +554,7 @@ func TestOthersHooks(t *testing.T) {
 func TestBusyPool(t *testing.T) {
 	testservers.Long(t)
 	t.Parallel()
-	f := world.NewFleet(t, 1, &apikey.CacheOptions{MaxStaleness: historyStaleness}, func(c *pgxpool.Config) { c.MaxConns = 2 })
+	f := world.NewFleet(t, 1, &apikey.CacheOptions{MaxStaleness: shortStaleness}, func(c *pgxpool.Config) { c.MaxConns = 2 })
 	apiKey, org := f.Enrol(t, world.Live, world.Paid)
 	other, _ := f.Enrol(t, world.Live, world.Paid)
 	r := f.Replicas[0]
@@ -565,7 +565,7 @@ func TestBusyPool(t *testing.T) {
 		world.MustNot(t, err)
 		defer conn.Release()
 	}
-	for start := time.Now(); time.Since(start) < 3*historyStaleness; time.Sleep(10 * time.Millisecond) {
+	for start := time.Now(); time.Since(start) < 3*shortStaleness; time.Sleep(10 * time.Millisecond) {
 		r.WantCode(t, other, world.Admitted)
 		if !r.Cache.Stats().FeedLive {
 			t.Fatalf("the feed is not live: %v", r.Cache.Stats().FeedErr)
@@ -587,7 +587,7 @@ func TestSlowNetwork(t *testing.T) {
 			w := world.NewPostgres(t)
 			address, proxy := testservers.ProxyPostgres(t, w.Pool.Config().ConnString())
 			proxy.Delay(delay)
-			cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: historyStaleness})
+			cache := apikey.NewCache(testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: shortStaleness})
 			pool := testservers.Pool(t, address+"0") // 10 s to connect
 			world.Watch(t, cache, pool)
 			world.Ready(t, cache)

@@ -25,6 +25,8 @@ func runDemo(ctx context.Context, a *app, args []string) error {
 	if *inMemory && f.given("database-url") {
 		return f.misused("--in-memory and --database-url exclude each other")
 	}
+	// Both servers are asked here already, past the demo's links, so that an error names the
+	// server.
 	config := demo.Config{InMemory: *inMemory, Out: a.stdout}
 	if *databaseURL != "" && !*inMemory {
 		pool, err := openPostgres(ctx, *databaseURL)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/testservers"
+	"github.com/trackpilots/apikey/internal/world"
 )
 
 const cacheSecret = "a secret of the caches, 32 bytes long or more"
@@ -85,22 +86,18 @@ func (s shell) serve(t *testing.T) (wantCode func(key, want string)) {
 	t.Helper()
 	pool := testservers.Pool(t, s.databaseURL)
 	cache := apikey.NewCache(testservers.RedisAt(t, s.redisURL), []byte(cacheSecret), nil)
+	world.Watch(t, cache, pool)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error)
-	go func() { done <- cache.Watch(ctx, pool) }()
 	uses := apikey.NewLastUsed(pool, 50*time.Millisecond)
 	go func() { done <- uses.Run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
-		if err := errors.Join(<-done, <-done); err != nil {
+		if err := <-done; err != nil {
 			t.Error(err)
 		}
 	})
-	for deadline := time.Now().Add(10 * time.Second); !cache.Stats().FeedLive; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("the feed is not live: %v", cache.Stats().FeedErr)
-		}
-	}
+	world.Ready(t, cache)
 	auth := apikey.New(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), &apikey.Options{Cache: cache, LastUsed: uses})
 	h := auth.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		org, _ := apikey.OrgFromContext(r.Context())

@@ -5,6 +5,7 @@ package world
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -105,6 +106,20 @@ func WantCode(k KeyState, p PlanState) string {
 		return PlanExpired
 	}
 	return Admitted
+}
+
+// PartOf returns eight characters of the random part of one of the keys that are in text;
+// "" if there are none.
+func PartOf(text string, keys ...string) string {
+	for _, key := range keys {
+		body := key[strings.LastIndex(key, "_")+1:]
+		for i := range len(body) - 7 {
+			if strings.Contains(text, body[i:i+8]) {
+				return body[i : i+8]
+			}
+		}
+	}
+	return ""
 }
 
 // A World has a key and an organisation in any state.

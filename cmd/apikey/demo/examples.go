@@ -3,6 +3,7 @@ package demo
 // A request for each answer that a customer can get, and the organisations behind these.
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"time"
@@ -47,18 +48,11 @@ func exampleRows() (rows []*row) {
 	return rows
 }
 
-// examples returns the examples for rows as they are to begin with.
-func examples(rows []*row) []example {
+// examples returns the examples for rows as a store holds them.
+func examples(rows []*row, known facts) []example {
 	var list []example
 	for _, r := range rows {
-		want := "200"
-		switch {
-		case !r.key.Live(time.Now()):
-			want = apikey.ErrInvalidAPIKey.Code
-		case r.plan == nil || !r.plan.AllowsAPI(time.Now()):
-			want = apikey.ErrPlanExpired.Code
-		}
-		list = append(list, example{about: r.about, want: want, header: "Bearer " + r.apiKey})
+		list = append(list, example{about: r.about, want: cmp.Or(known.code(r, time.Now()), "200"), header: "Bearer " + r.apiKey})
 	}
 	return append(list,
 		example{about: "no Authorization header", want: apikey.ErrAuthorizationHeaderMissing.Code},
@@ -83,7 +77,10 @@ func (d *demo) print() {
 	for _, what := range d.setting.Simulated {
 		fmt.Fprintf(out, "simulated: %s\n", what)
 	}
-	for _, e := range examples(d.rows) {
+	d.mu.Lock()
+	list := examples(d.rows, d.known)
+	d.mu.Unlock()
+	for _, e := range list {
 		fmt.Fprintf(out, "\n# %s: %s\n", e.about, e.want)
 		if e.header == "" {
 			fmt.Fprintf(out, "curl -i %s/v1/whoami\n", site)

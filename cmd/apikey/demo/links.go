@@ -5,6 +5,7 @@ package demo
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"sync"
 
@@ -66,11 +67,7 @@ func (l *links) set(part, state string) error {
 func (l *links) states() map[string]string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	copied := map[string]string{}
-	for part, state := range l.state {
-		copied[part] = state
-	}
-	return copied
+	return maps.Clone(l.state)
 }
 
 func (l *links) close() {
