@@ -49,8 +49,8 @@ func (s *Plans) Subscribe(ctx context.Context, orgID, tier string, status apikey
 	if err := errors.Join(checkOrgID(orgID), checkTier(tier), checkStatus(status)); err != nil {
 		return err
 	}
-	return s.change(ctx, tier, `INSERT INTO org_plans (org_id, plan, status, ends_at)
-		SELECT $1, name, $3, $4 FROM plan_catalogue WHERE name = $2
+	return s.changeTier(ctx, tier, `INSERT INTO org_plans (org_id, plan, status, ends_at)
+		SELECT $1, name, $3, $4 FROM tier
 		ON CONFLICT (org_id) DO UPDATE SET plan = excluded.plan, status = excluded.status, ends_at = excluded.ends_at`,
 		orgID, tier, status, pg.NullTime(endsAt))
 }
@@ -61,7 +61,7 @@ func (s *Plans) SetTier(ctx context.Context, orgID, tier string) error {
 	if err := checkTier(tier); err != nil {
 		return err
 	}
-	return s.change(ctx, tier, `UPDATE org_plans SET plan = name FROM plan_catalogue WHERE org_id = $1 AND name = $2`, orgID, tier)
+	return s.changeTier(ctx, tier, `UPDATE org_plans SET plan = name FROM tier WHERE org_id = $1`, orgID, tier)
 }
 
 // SetStatus changes the status of an organisation's plan. Errors: [apikey.ErrNotFound] if
@@ -70,29 +70,40 @@ func (s *Plans) SetStatus(ctx context.Context, orgID string, status apikey.PlanS
 	if err := checkStatus(status); err != nil {
 		return err
 	}
-	return s.change(ctx, "", `UPDATE org_plans SET status = $2 WHERE org_id = $1`, orgID, status)
+	return s.change(ctx, `UPDATE org_plans SET status = $2 WHERE org_id = $1`, orgID, status)
 }
 
 // SetEnd changes when an organisation's plan ends; zero means no end. Errors:
 // [apikey.ErrNotFound] if there is no plan.
 func (s *Plans) SetEnd(ctx context.Context, orgID string, endsAt time.Time) error {
-	return s.change(ctx, "", `UPDATE org_plans SET ends_at = $2 WHERE org_id = $1`, orgID, pg.NullTime(endsAt))
+	return s.change(ctx, `UPDATE org_plans SET ends_at = $2 WHERE org_id = $1`, orgID, pg.NullTime(endsAt))
 }
 
-// change runs a statement that changes one row. If there is none, it finds out whether the
-// tier is missing.
-func (s *Plans) change(ctx context.Context, tier, sql string, args ...any) error {
+func (s *Plans) change(ctx context.Context, sql string, args ...any) error {
 	tag, err := s.db.Exec(ctx, sql, args...)
-	known := true
-	if err == nil && tag.RowsAffected() == 0 && tier != "" {
-		err = s.db.QueryRow(ctx, `SELECT EXISTS (SELECT FROM plan_catalogue WHERE name = $1)`, tier).Scan(&known)
+	switch {
+	case err != nil:
+		return fmt.Errorf("apikey: writing org_plans: %w", err)
+	case tag.RowsAffected() == 0:
+		return apikey.ErrNotFound
 	}
+	return nil
+}
+
+// changeTier runs a statement that takes the tier, which is $2, from the table tier. What is
+// missing is found out in the same statement: a later one might know a tier that this one
+// did not, and blame the plan.
+func (s *Plans) changeTier(ctx context.Context, tier, sql string, args ...any) error {
+	var known, changed bool
+	err := s.db.QueryRow(ctx, `
+		WITH tier AS (SELECT name FROM plan_catalogue WHERE name = $2), changed AS (`+sql+` RETURNING 1)
+		SELECT EXISTS (SELECT FROM tier), EXISTS (SELECT FROM changed)`, args...).Scan(&known, &changed)
 	switch {
 	case err != nil:
 		return fmt.Errorf("apikey: writing org_plans: %w", err)
 	case !known:
 		return &InputError{"tier", fmt.Sprintf("%q is not in plan_catalogue: define it first", tier)}
-	case tag.RowsAffected() == 0:
+	case !changed:
 		return apikey.ErrNotFound
 	}
 	return nil
