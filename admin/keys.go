@@ -252,22 +252,47 @@ func (s *Keys) Activate(ctx context.Context, orgID, keyID string) error {
 	return s.change(ctx, "activating", `UPDATE api_keys SET active = true WHERE org_id = $1 AND id = $2`, orgID, keyID)
 }
 
-// DeactivateAll deactivates all keys of an organisation, and returns how many were active.
+// DeactivateAll deactivates all keys of an organisation, and returns how many it deactivated.
+// Keys that are created meanwhile are deactivated too, so that it returns once there was a
+// moment without an active key: one that [Keys.Rotate] is making does not slip through. If
+// it fails, some keys may be deactivated already: call it again. In a transaction with a
+// fixed snapshot, it fails with a serialization failure (40001) if keys were changed since.
 func (s *Keys) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
-	tag, err := s.db.Exec(ctx, `UPDATE api_keys SET active = false WHERE org_id = $1 AND active`, orgID)
-	if err != nil {
-		return 0, fmt.Errorf("apikey: deactivating the keys of an organisation: %w", err)
+	// A statement that waits for a Rotate does not see the new key, but the next one does.
+	// It is over when a snapshot has no active key: no Rotate can be running then, since its
+	// old key would be active. The order prevents deadlocks.
+	var all int64
+	for range MaxKeysPerOrg {
+		var n int64
+		var more bool
+		err := s.db.QueryRow(ctx, `
+			WITH had AS (SELECT id FROM api_keys WHERE org_id = $1 AND active ORDER BY id FOR NO KEY UPDATE),
+			ended AS (UPDATE api_keys k SET active = false FROM had WHERE k.id = had.id RETURNING 1)
+			SELECT (SELECT count(*) FROM ended), EXISTS (SELECT FROM api_keys WHERE org_id = $1 AND active)`, orgID).Scan(&n, &more)
+		if err != nil {
+			return all, fmt.Errorf("apikey: deactivating the keys of an organisation: %w", err)
+		}
+		if all += n; !more {
+			return all, nil
+		}
 	}
-	return tag.RowsAffected(), nil
+	return all, errors.New("apikey: deactivating the keys of an organisation: there are active keys again and again: stop what makes them")
 }
 
 // Prune deletes up to 10,000 keys, of any organisation, that expired before a time. It
-// returns their number: call it until that is 0.
+// returns their number: call it until that is 0. It waits for those who are changing these
+// keys, and keeps a key whose expiry they have moved.
 func (s *Keys) Prune(ctx context.Context, expiredBefore time.Time) (int64, error) {
 	if expiredBefore.After(time.Now()) {
 		return 0, &InputError{"time", "is in the future: only expired keys are pruned"}
 	}
-	tag, err := s.db.Exec(ctx, `DELETE FROM api_keys WHERE id IN (SELECT id FROM api_keys WHERE expires_at < $1 LIMIT 10000)`, expiredBefore)
+	// The order prevents deadlocks. The last condition looks at keys as they are after the
+	// wait for their locks.
+	tag, err := s.db.Exec(ctx, `
+		DELETE FROM api_keys WHERE id = ANY (ARRAY(
+			SELECT id FROM api_keys WHERE id = ANY (ARRAY(SELECT id FROM api_keys WHERE expires_at < $1 LIMIT 10000))
+			ORDER BY id FOR UPDATE
+		)) AND expires_at < $1`, expiredBefore)
 	if err != nil {
 		return 0, fmt.Errorf("apikey: pruning keys: %w", err)
 	}
@@ -327,9 +352,9 @@ func (s *Keys) Rotate(ctx context.Context, orgID, keyID string, until time.Time,
 	var known, alive bool
 	info, err := scanInfo(s.db.QueryRow(ctx, `
 		WITH had AS (
-			SELECT id, name, expires_at, active AND coalesce(expires_at > now(), true) AS alive,
+			SELECT id, name, expires_at, active AND coalesce(expires_at > clock_timestamp(), true) AS alive,
 				(SELECT count(*) FROM api_keys WHERE org_id = $1 AND coalesce(expires_at > now(), true)) < $8 AS room
-			FROM api_keys WHERE org_id = $1 AND id = $2 FOR UPDATE
+			FROM api_keys WHERE org_id = $1 AND id = $2 FOR NO KEY UPDATE
 		),
 		old AS (
 			UPDATE api_keys k SET expires_at = least(k.expires_at, $3) FROM had
