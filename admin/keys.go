@@ -252,31 +252,34 @@ func (s *Keys) Activate(ctx context.Context, orgID, keyID string) error {
 	return s.change(ctx, "activating", `UPDATE api_keys SET active = true WHERE org_id = $1 AND id = $2`, orgID, keyID)
 }
 
-// DeactivateAll deactivates all keys of an organisation, and returns how many it deactivated.
-// Keys that are created meanwhile are deactivated too, so that it returns once there was a
-// moment without an active key: one that [Keys.Rotate] is making does not slip through. If
-// it fails, some keys may be deactivated already: call it again. In a transaction with a
-// fixed snapshot, it fails with a serialization failure (40001) if keys were changed since.
+// DeactivateAll deactivates all keys of an organisation, and returns how many were active.
+// That includes those that are made meanwhile, by [Keys.Rotate] too: there was a moment
+// without an active key before it returns. If it fails, some keys may be deactivated
+// already: call it again. In a transaction that is REPEATABLE READ or SERIALIZABLE, it
+// fails if keys have changed since the transaction's snapshot.
 func (s *Keys) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
 	// A statement that waits for a Rotate does not see the new key, but the next one does.
-	// It is over when a snapshot has no active key: no Rotate can be running then, since its
-	// old key would be active. The order prevents deadlocks.
-	var all int64
+	// When a snapshot has no active key no Rotate is going on, since its old key would be
+	// active. The order prevents deadlocks.
+	ended := map[string]bool{} // since one may be activated, and deactivated again
 	for range MaxKeysPerOrg {
-		var n int64
+		var ids []string
 		var more bool
 		err := s.db.QueryRow(ctx, `
 			WITH had AS (SELECT id FROM api_keys WHERE org_id = $1 AND active ORDER BY id FOR NO KEY UPDATE),
-			ended AS (UPDATE api_keys k SET active = false FROM had WHERE k.id = had.id RETURNING 1)
-			SELECT (SELECT count(*) FROM ended), EXISTS (SELECT FROM api_keys WHERE org_id = $1 AND active)`, orgID).Scan(&n, &more)
+			ended AS (UPDATE api_keys k SET active = false FROM had WHERE k.id = had.id RETURNING k.id::text)
+			SELECT (SELECT array_agg(id) FROM ended), EXISTS (SELECT FROM api_keys WHERE org_id = $1 AND active)`, orgID).Scan(&ids, &more)
 		if err != nil {
-			return all, fmt.Errorf("apikey: deactivating the keys of an organisation: %w", err)
+			return 0, fmt.Errorf("apikey: deactivating the keys of an organisation: %w", err)
 		}
-		if all += n; !more {
-			return all, nil
+		for _, id := range ids {
+			ended[id] = true
+		}
+		if !more {
+			return int64(len(ended)), nil
 		}
 	}
-	return all, errors.New("apikey: deactivating the keys of an organisation: there are active keys again and again: stop what makes them")
+	return 0, errors.New("apikey: deactivating the keys of an organisation: there are active ones again and again: stop what makes them")
 }
 
 // Prune deletes up to 10,000 keys, of any organisation, that expired before a time. It
