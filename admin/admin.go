@@ -5,6 +5,11 @@
 // [Keys] and [Plans] on a pgx.Tx work within that transaction. The errors
 // [apikey.ErrNotFound], [ErrKeyExists], [ErrKeyLimit], [ErrKeyDead] and [*InputError] do not
 // abort it.
+//
+// Two calls at once return and leave what they would one after the other, in either order,
+// except for what [MaxKeysPerOrg] and [Keys.Prune] say. In a transaction that is REPEATABLE
+// READ or SERIALIZABLE, a call may fail instead, with SQLSTATE 40001: begin the transaction
+// again.
 package admin
 
 import (

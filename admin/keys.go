@@ -255,8 +255,7 @@ func (s *Keys) Activate(ctx context.Context, orgID, keyID string) error {
 // DeactivateAll deactivates all keys of an organisation, and returns how many were active.
 // That includes those that are made meanwhile, by [Keys.Rotate] too: there was a moment
 // without an active key before it returns. If it fails, some keys may be deactivated
-// already: call it again. In a transaction that is REPEATABLE READ or SERIALIZABLE, it
-// fails if keys have changed since the transaction's snapshot.
+// already: call it again.
 func (s *Keys) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
 	// A statement that waits for a Rotate does not see the new key, but the next one does.
 	// When a snapshot has no active key no Rotate is going on, since its old key would be
@@ -283,8 +282,9 @@ func (s *Keys) DeactivateAll(ctx context.Context, orgID string) (int64, error) {
 }
 
 // Prune deletes up to 10,000 keys, of any organisation, that expired before a time. It
-// returns their number: call it until that is 0. It waits for those who are changing these
-// keys, and keeps a key whose expiry they have moved.
+// returns their number: call it until that is 0, which may be early if another Prune has
+// just deleted the same keys. It waits for those who are changing these keys, and keeps a key
+// that they have prolonged.
 func (s *Keys) Prune(ctx context.Context, expiredBefore time.Time) (int64, error) {
 	if expiredBefore.After(time.Now()) {
 		return 0, &InputError{"time", "is in the future: only expired keys are pruned"}

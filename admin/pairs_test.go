@@ -80,8 +80,8 @@ var (
 		keyCall("Expire, later", func(ctx context.Context, k *admin.Keys, s scene) error {
 			return k.Expire(ctx, s.org, s.id, s.now.Add(2*time.Hour))
 		}),
-		keyCall("Expire, long ago", func(ctx context.Context, k *admin.Keys, s scene) error {
-			return k.Expire(ctx, s.org, s.id, s.now.Add(-2*time.Hour))
+		keyCall("Expire, too late for Prune", func(ctx context.Context, k *admin.Keys, s scene) error {
+			return k.Expire(ctx, s.org, s.id, s.now.Add(-time.Hour))
 		}),
 		keyCall("Delete", func(ctx context.Context, k *admin.Keys, s scene) error { return k.Delete(ctx, s.org, s.id) }),
 		{"Prune", func(ctx context.Context, db apikey.DB, s scene) (int64, error) {
@@ -105,11 +105,12 @@ var (
 	readers = []string{"Find", "FindHash", "List"}
 )
 
-// starts are what pairs of calls begin with.
+// starts are what pairs of calls begin with, and how it comes to be: there is a tier named
+// basic, and the key, which expires in three hours.
 var starts = []struct {
 	name  string
 	calls []call
-	set   func(ctx context.Context, k *admin.Keys, p *admin.Plans, s scene) error // there is a tier named basic, and the key
+	set   func(ctx context.Context, k *admin.Keys, p *admin.Plans, s scene) error
 }{
 	{"a live key", keyCalls, func(context.Context, *admin.Keys, *admin.Plans, scene) error { return nil }},
 	{"a deactivated key", keyCalls, func(ctx context.Context, k *admin.Keys, _ *admin.Plans, s scene) error {
