@@ -178,6 +178,7 @@ type CacheStats struct {
 	Announcements uint64 // changes announced
 	Unannounced   uint64 // changes found by reading that were never announced: check the triggers
 	Forged        uint64 // announcements of transactions that do not exist: somebody sends NOTIFY by hand
+	Unknown       uint64 // announcements of a newer version; they count as changes of everything
 }
 
 // A Cache keeps what stores return, in this process and in Redis. It is safe for
@@ -241,6 +242,9 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 		Name: func(orgID string) string { return root + "plan:" + orgID },
 		Hash: func(orgID string) uint64 { return maphash.String(seed, orgID) },
 		Topics: func(orgID string, p *Plan) (feed.Topic, feed.Topic) {
+			if p.Name == "" { // absent
+				return feed.PlanTopic(orgID), feed.NewPlansTopic()
+			}
 			return feed.PlanTopic(orgID), feed.TierTopic(p.Name)
 		},
 		Admits: func(p *Plan, now time.Time) bool { return p.AllowsAPI(now) },
@@ -252,9 +256,11 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	c.keys = readthrough.NewLayer(&c.shared, readthrough.Kind[KeyHash, keyFacts]{
 		Name: func(h KeyHash) string { return root + "key:" + hex.EncodeToString(h[:]) },
 		Hash: keyID,
-		Topics: func(h KeyHash, _ *keyFacts) (feed.Topic, feed.Topic) {
-			t := feed.KeyTopic(keyID(h))
-			return t, t
+		Topics: func(h KeyHash, k *keyFacts) (feed.Topic, feed.Topic) {
+			if k.OrgID == "" { // absent
+				return feed.KeyTopic(keyID(h)), feed.NewKeysTopic()
+			}
+			return feed.KeyTopic(keyID(h)), feed.KeysOfTopic(k.OrgID)
 		},
 		Admits: func(k *keyFacts, now time.Time) bool { return k.Live(now) },
 		Same:   func(a, b *keyFacts) bool { return a.equal(b.Key) },

@@ -42,18 +42,23 @@ const lockID = 0x6170696b6579 // "apikey"
 // apikey_migrations. It may run again, and several times at once.
 //
 // It needs the rights of the tables' owner, unless nothing is missing. Run it when you
-// deploy, and not in a service, whose role should only read.
+// deploy, and not in a service, whose role should only read. Use a role that owns the tables
+// and has no other rights, and not a superuser: functions of the migrations run with the
+// rights of the role that has applied them.
 func Apply(ctx context.Context, db DB) error {
 	missing, err := Missing(ctx, db)
 	if err != nil || len(missing) == 0 {
 		return err
 	}
 	err = pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, int64(lockID)); err != nil {
+		if _, err := tx.Exec(ctx, `SELECT pg_catalog.pg_advisory_xact_lock($1)`, int64(lockID)); err != nil {
 			return err
 		}
 		if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS apikey_migrations (
 			name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
+			return err
+		}
+		if err := owned(ctx, tx); err != nil {
 			return err
 		}
 		for _, name := range missing {
@@ -69,6 +74,23 @@ func Apply(ctx context.Context, db DB) error {
 	return nil
 }
 
+// owned returns an error if apikey_migrations belongs to somebody who has no business here. Where
+// everybody may create tables in the schema, as in public up to PostgreSQL 14, he may have made it
+// with a trigger that would run with the rights of whoever migrates.
+func owned(ctx context.Context, tx pgx.Tx) error {
+	stranger, err := collect[string](ctx, tx, `
+		SELECT pg_catalog.pg_get_userbyid(c.relowner)::pg_catalog.text
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+			JOIN pg_catalog.pg_database d ON d.datname = pg_catalog.current_database()
+		WHERE c.oid = 'apikey_migrations'::pg_catalog.regclass AND c.relowner <> n.nspowner AND c.relowner <> d.datdba
+			AND pg_catalog.pg_get_userbyid(c.relowner) <> CURRENT_USER`)
+	if err == nil && len(stranger) > 0 {
+		err = fmt.Errorf("the table apikey_migrations belongs to %s, who is neither this role nor the owner of the schema or the database: "+
+			"if that is right, migrate as %[1]s; else drop the table, and REVOKE CREATE ON SCHEMA ... FROM PUBLIC", stranger[0])
+	}
+	return err
+}
+
 func applyFile(ctx context.Context, tx pgx.Tx, name string) error {
 	tag, err := tx.Exec(ctx, `INSERT INTO apikey_migrations (name) VALUES ($1) ON CONFLICT DO NOTHING`, name)
 	if err != nil || tag.RowsAffected() == 0 {
@@ -81,6 +103,10 @@ func applyFile(ctx context.Context, tx pgx.Tx, name string) error {
 	_, err = tx.Exec(ctx, string(sql))
 	return err
 }
+
+// unreleased are migrations from before the first release. Their functions let every login become
+// owner of the tables, so that nobody should go on with them.
+var unreleased = []string{"0001_init.sql", "0002_announcements.sql", "0003_key_environment.sql", "0004_key_uses.sql"}
 
 // Missing returns the names of the migrations that were not applied, in order. It returns
 // an error if there are tables of the same names that Apply has not created. It only reads,
@@ -111,12 +137,16 @@ func Missing(ctx context.Context, db DB) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	if slices.ContainsFunc(applied, func(name string) bool { return slices.Contains(unreleased, name) }) {
+		return nil, errors.New("apikey: these tables are from before the first release: " +
+			"migrate an empty schema, and copy the rows of api_keys, plan_catalogue and org_plans")
+	}
 	return slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(applied, name) }), nil
 }
 
 // begun reports whether Apply has run on this database.
 func begun(ctx context.Context, db DB) (bool, error) {
-	is, err := collect[bool](ctx, db, `SELECT to_regclass('apikey_migrations') IS NOT NULL`)
+	is, err := collect[bool](ctx, db, `SELECT pg_catalog.to_regclass('apikey_migrations') IS NOT NULL`)
 	return err == nil && is[0], err
 }
 
@@ -128,8 +158,11 @@ var ErrOtherTool = errors.New("apikey: the tables are there, but no apikey_migra
 func foreign(ctx context.Context, db DB) error {
 	ours := false
 	for table, columns := range Columns() {
-		found, err := collect[string](ctx, db, `SELECT attname::text FROM pg_attribute
-			WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || $1) AND attnum > 0 AND NOT attisdropped`, table)
+		found, err := collect[string](ctx, db, `
+			SELECT a.attname::pg_catalog.text FROM pg_catalog.pg_attribute a
+				JOIN pg_catalog.pg_class c ON c.oid = a.attrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+			WHERE n.nspname = pg_catalog.current_schema() AND c.relname = $1::pg_catalog.text::pg_catalog.name
+				AND a.attnum > 0::pg_catalog.int2 AND NOT a.attisdropped`, table)
 		if err != nil {
 			return err
 		}

@@ -24,7 +24,7 @@ import (
 func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 func TestFS(t *testing.T) {
-	if err := fstest.TestFS(migrations.FS, "0001_init.sql"); err != nil {
+	if err := fstest.TestFS(migrations.FS, "0001_apikey.sql"); err != nil {
 		t.Error(err)
 	}
 	files, err := migrations.FS.ReadDir(".")
@@ -50,16 +50,15 @@ func TestApplyAgain(t *testing.T) {
 	var plans, applied int
 	err := pool.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM plan_catalogue), (SELECT count(*) FROM apikey_migrations)`).
 		Scan(&plans, &applied)
-	if err != nil || plans != 1 || applied != 4 {
-		t.Errorf("%d plans, %d migrations, %v; want 1, 4", plans, applied, err)
+	if err != nil || plans != 1 || applied != 1 {
+		t.Errorf("%d plans, %d migrations, %v; want 1, 1", plans, applied, err)
 	}
 }
 
 // TestApplyTogether: replicas that start at once and all migrate.
 func TestApplyTogether(t *testing.T) {
 	pool := testservers.Postgres(t)
-	testservers.Exec(t, pool, `DROP TABLE api_keys, api_key_uses, org_plans, plan_catalogue, apikey_migrations, apikey_outbox;
-		DROP FUNCTION apikey_announce, apikey_announce_row, apikey_announce_tier, apikey_announce_all`)
+	testservers.Exec(t, pool, `DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -77,7 +76,7 @@ func TestApplyAllOrNothing(t *testing.T) {
 	pool := testservers.Postgres(t)
 	testservers.Exec(t, pool, `DROP TABLE api_keys, api_key_uses; DELETE FROM apikey_migrations`) // org_plans stands in the way
 	err := migrations.Apply(t.Context(), pool)
-	if err == nil || !strings.Contains(err.Error(), "0001_init.sql") {
+	if err == nil || !strings.Contains(err.Error(), "0001_apikey.sql") {
 		t.Errorf("Apply = %v, want an error that names the file", err)
 	}
 	var left *string
@@ -101,8 +100,8 @@ func TestApplyByReader(t *testing.T) {
 	if err := migrations.Apply(t.Context(), reader); err != nil {
 		t.Errorf("Apply = %v although nothing is missing", err)
 	}
-	testservers.Exec(t, pool, `DELETE FROM apikey_migrations WHERE name LIKE '0003%'`)
-	if missing, err := migrations.Missing(t.Context(), reader); err != nil || !slices.Equal(missing, []string{"0003_key_environment.sql"}) {
+	testservers.Exec(t, pool, `DELETE FROM apikey_migrations WHERE name LIKE '0001%'`)
+	if missing, err := migrations.Missing(t.Context(), reader); err != nil || !slices.Equal(missing, []string{"0001_apikey.sql"}) {
 		t.Errorf("Missing = %q, %v", missing, err)
 	}
 	if err := migrations.Apply(t.Context(), reader); err == nil || !strings.Contains(err.Error(), "permission denied") {
@@ -176,10 +175,13 @@ func TestAnnouncements(t *testing.T) {
 		return s
 	}
 	k1, k2, k3 := "key "+subject("1"), "key "+subject("2"), "key "+subject("3")
+	plan := func(orgID string) string { return "plan " + subject(orgID) }
+	tier := func(name string) string { return "tier " + subject(name) }
 	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false);
 		CREATE TABLE organisations (id text PRIMARY KEY);
 		INSERT INTO organisations VALUES ('gone');
 		ALTER TABLE api_keys ADD COLUMN usage bigint NOT NULL DEFAULT 0`)
+	announced(t, conn, pool)
 
 	for _, c := range []struct {
 		name string
@@ -243,7 +245,7 @@ func TestAnnouncements(t *testing.T) {
 		{"a thousand keys", `INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1, 1000) i`, many(1000)},
 		{
 			"more than a thousand keys", `UPDATE api_keys SET active = false; INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1001, 3000) i`,
-			append(many(1000), "keys"),
+			append(many(1000), "keys-new"),
 		},
 		{
 			"and back to a savepoint", `BEGIN; SAVEPOINT a; DELETE FROM api_keys WHERE key_hash > sha256('2'); ROLLBACK TO a; DELETE FROM api_keys WHERE key_hash = sha256('2'); COMMIT`,
@@ -251,23 +253,24 @@ func TestAnnouncements(t *testing.T) {
 		},
 		{"the last truncated", `TRUNCATE api_keys CASCADE`, []string{"keys"}},
 
-		{"subscribe", `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active'), ('a b', 'basic', 'active')`, []string{"plan a b", "plan o"}},
-		{"payment fails", `UPDATE org_plans SET status = 'payment_failed' WHERE org_id = 'o'`, []string{"plan o"}},
-		{"renew", `UPDATE org_plans SET ends_at = now() + '1 month' WHERE org_id = 'o'`, []string{"plan o"}},
+		{"subscribe", `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active'), ('a b', 'basic', 'active')`, []string{plan("a b"), plan("o")}},
+		{"payment fails", `UPDATE org_plans SET status = 'payment_failed' WHERE org_id = 'o'`, []string{plan("o")}},
+		{"renew", `UPDATE org_plans SET ends_at = now() + '1 month' WHERE org_id = 'o'`, []string{plan("o")}},
 		{"renew again, the same", `UPDATE org_plans SET ends_at = ends_at WHERE org_id = 'o'`, nil},
-		{"downgrade", `UPDATE org_plans SET plan = 'basic' WHERE org_id = 'o'`, []string{"plan o"}},
-		{"rename an organisation", `UPDATE org_plans SET org_id = 'p' WHERE org_id = 'o'`, []string{"plan o", "plan p"}},
+		{"downgrade", `UPDATE org_plans SET plan = 'basic' WHERE org_id = 'o'`, []string{plan("o")}},
+		{"rename an organisation", `UPDATE org_plans SET org_id = 'p' WHERE org_id = 'o'`, []string{plan("o"), plan("p")}},
 		{"not read", `UPDATE org_plans SET created_at = now()`, nil},
-		{"rename a tier", `UPDATE plan_catalogue SET name = 'free' WHERE name = 'basic'`, []string{"plan a b", "plan p"}},
-		{"tier gets the API", `UPDATE plan_catalogue SET api_access = true WHERE name = 'free'`, []string{"tier free"}},
-		{"tier gets another name and loses the API", `UPDATE plan_catalogue SET api_access = false, name = 'none' WHERE name = 'free'`, []string{"plan a b", "plan p", "tier free", "tier none"}},
+		{"rename a tier", `UPDATE plan_catalogue SET name = 'free' WHERE name = 'basic'`, []string{plan("a b"), plan("p"), "plans-new", tier("basic"), tier("free")}},
+		{"tier gets the API", `UPDATE plan_catalogue SET api_access = true WHERE name = 'free'`, []string{tier("free")}},
+		{"tier gets another name and loses the API", `UPDATE plan_catalogue SET api_access = false, name = 'none' WHERE name = 'free'`, []string{plan("a b"), plan("p"), "plans-new", tier("free"), tier("none")}},
 		{"tier gets what it has", `UPDATE plan_catalogue SET api_access = false WHERE name = 'none'`, nil},
-		{"new tier", `INSERT INTO plan_catalogue VALUES ('gold', true)`, nil},
-		{"unsubscribe", `DELETE FROM org_plans WHERE org_id = 'p'`, []string{"plan p"}},
+		{"new tier", `INSERT INTO plan_catalogue VALUES ('gold', true)`, []string{"plans-new", tier("gold")}},
+		{"no such tier any more", `DELETE FROM plan_catalogue WHERE name = 'gold'`, []string{tier("gold")}},
+		{"unsubscribe", `DELETE FROM org_plans WHERE org_id = 'p'`, []string{plan("p")}},
 		{"truncate plans", `TRUNCATE org_plans`, []string{"plans"}},
 		{
 			"more than a thousand plans", `INSERT INTO org_plans (org_id, plan, status) SELECT i, 'starter', 'active' FROM generate_series(1, 1001) i`,
-			append(manyPlans(1000), "plans"),
+			append(manyPlans(1000), "plans-new"),
 		},
 		{"truncate the catalogue", `TRUNCATE plan_catalogue CASCADE`, []string{"plans"}},
 	} {
@@ -306,14 +309,15 @@ func many(n int) (payloads []string) {
 // manyPlans are those of the plans of organisations 1 to n.
 func manyPlans(n int) (payloads []string) {
 	for i := range n {
-		payloads = append(payloads, fmt.Sprint("plan ", i+1))
+		h := sha256.Sum256([]byte(strconv.Itoa(i + 1)))
+		payloads = append(payloads, fmt.Sprintf("plan %x", h[:8]))
 	}
 	return payloads
 }
 
-// TestBulkIsAnnouncedOnce: a large change costs a bounded number of notices, in
-// whatever way it is made.
-func TestBulkIsAnnouncedOnce(t *testing.T) {
+// TestBulk: a large change costs a bounded number of notices, in whatever way it is made,
+// and announces what can have changed and no more.
+func TestBulk(t *testing.T) {
 	pool := testservers.Postgres(t)
 	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
 	if err != nil {
@@ -323,40 +327,222 @@ func TestBulkIsAnnouncedOnce(t *testing.T) {
 	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
 		t.Fatal(err)
 	}
-	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
-	for name, change := range map[string]func() error{
-		"COPY": func() error {
-			_, err := pool.CopyFrom(t.Context(), pgx.Identifier{"org_plans"}, []string{"org_id", "plan", "status"}, pgx.CopyFromSlice(5000, func(i int) ([]any, error) {
-				return []any{fmt.Sprint("org ", i), "starter", "active"}, nil
-			}))
-			return err
-		},
-		"UPDATE": func() error {
-			_, err := pool.Exec(t.Context(), `UPDATE org_plans SET status = status || '.'`)
-			return err
-		},
-		"many statements": func() error {
-			_, err := pool.Exec(t.Context(), `DO $$ BEGIN FOR i IN 0..4999 LOOP UPDATE org_plans SET status = 's' WHERE org_id = 'org ' || i; END LOOP; END $$`)
-			return err
-		},
-		"cascade": func() error {
-			_, err := pool.Exec(t.Context(), `UPDATE plan_catalogue SET name = name || '.'`)
-			return err
-		},
+	for _, c := range []struct {
+		name, before, change string
+		one                  int      // announced one by one
+		want                 []string // and at once
+	}{
+		{"plans by COPY or INSERT", ``, `INSERT INTO org_plans (org_id, plan, status) SELECT i, 'starter', 'active' FROM generate_series(0, 4999) i`, 1000, []string{"plans-new"}},
+		{"UPDATE", ``, `UPDATE org_plans SET status = status || '.'`, 1000, []string{"plans"}},
+		{"many statements", ``, `DO $$ BEGIN FOR i IN 0..4999 LOOP UPDATE org_plans SET status = 's' WHERE org_id = i::text; END LOOP; END $$`, 1000, []string{"plans"}},
+		{"other organisations", ``, `UPDATE org_plans SET org_id = 'o' || org_id`, 2000, []string{"plans", "plans-new"}},
+		{"cascade", ``, `UPDATE plan_catalogue SET name = 'starter.' WHERE name = 'starter'`, 1000, []string{"plans", "plans-new", "tier"}},
+		{"prune plans that refuse", ``, `DELETE FROM org_plans`, 1000, nil},
+		{"delete plans that admit", `INSERT INTO org_plans (org_id, plan, status) SELECT i, 'basic', 'active' FROM generate_series(0, 4999) i`, `DELETE FROM org_plans`, 1000, []string{"plans"}},
+
+		{"import keys", ``, `INSERT INTO api_keys (org_id, key_hash) SELECT 'a', sha256(i::text::bytea) FROM generate_series(1, 1100) i`, 1000, []string{"keys-new"}},
+		{"deactivate the keys of an organisation", ``, `UPDATE api_keys SET active = false`, 1000, []string{"keys-of"}},
+		{"prune dead keys", ``, `DELETE FROM api_keys`, 1000, nil},
+		{"keys that have just ended", `INSERT INTO api_keys (org_id, key_hash, expires_at) SELECT 'a', sha256(i::text::bytea), now() - interval '1 minute' FROM generate_series(1, 1100) i`,
+			`DELETE FROM api_keys`, 1000, []string{"keys-of"}}, // clocks may differ
+		{"prune ended keys", `INSERT INTO api_keys (org_id, key_hash, expires_at) SELECT 'a', sha256(i::text::bytea), now() - interval '1 day' FROM generate_series(1, 1100) i`,
+			`DELETE FROM api_keys`, 1000, nil},
+		{"new hashes", `INSERT INTO api_keys (org_id, key_hash) SELECT 'a', sha256(i::text::bytea) FROM generate_series(1, 1100) i`,
+			`UPDATE api_keys SET key_hash = sha256(key_hash)`, 2000, []string{"keys-new", "keys-of"}},
+		{"the keys of many organisations", `TRUNCATE api_keys CASCADE; INSERT INTO api_keys (org_id, key_hash) SELECT i, sha256(i::text::bytea) FROM generate_series(1, 3000) i`,
+			`UPDATE api_keys SET active = false`, 1000, slices.Concat(slices.Repeat([]string{"keys-of"}, 1000), []string{"keys"})},
+		{"with a setting that says it was announced", ``, `SET apikey.announced_keys = '5000'; SET apikey.announced_plans = '5000';
+			UPDATE api_keys SET active = true WHERE org_id = '1'; UPDATE org_plans SET status = 'x' WHERE org_id = '1'; RESET ALL`, 0, []string{"keys"}},
+		{"with one that says it never will be", ``, `SET apikey.announced_keys = '-5000'; UPDATE api_keys SET active = false WHERE org_id = '1'; RESET ALL`, 1, nil},
 	} {
-		testservers.Exec(t, pool, `UPDATE plan_catalogue SET name = 'starter'`)
-		if name != "COPY" {
-			testservers.Exec(t, pool, `INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, c.name, 'active' FROM generate_series(0, 4999) i, plan_catalogue c ON CONFLICT DO NOTHING`)
+		testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true), ('basic', false) ON CONFLICT DO NOTHING`)
+		if c.before != "" {
+			testservers.Exec(t, pool, c.before)
 		}
 		announced(t, conn, pool)
-		if err := change(); err != nil {
+		testservers.Exec(t, pool, c.change)
+		one, rest := 0, []string{}
+		for _, payload := range announced(t, conn, pool) {
+			kind, _, _ := strings.Cut(payload, " ")
+			if kind == "key" || kind == "plan" {
+				one++
+			} else {
+				rest = append(rest, kind)
+			}
+		}
+		slices.Sort(rest)
+		slices.Sort(c.want)
+		if c.name == "cascade" {
+			rest = slices.Compact(rest) // two tiers
+		}
+		if one != c.one || !slices.Equal(rest, c.want) {
+			t.Errorf("%s: announced %d one by one and %.200q, want %d and %.200q", c.name, one, rest, c.one, c.want)
+		}
+	}
+}
+
+// TestOutboxOfOthers: a role that may leave announcements, and nothing else, announces changes of
+// tables of its own. It cannot say that another transaction has made them.
+func TestOutboxOfOthers(t *testing.T) {
+	pool := testservers.Postgres(t)
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	testservers.Exec(t, pool, `CREATE ROLE has_own_tables; GRANT INSERT (kind, subject) ON apikey_outbox TO has_own_tables`)
+	defer testservers.Exec(t, pool, `DROP OWNED BY has_own_tables; DROP ROLE has_own_tables`)
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes; SET ROLE has_own_tables`); err != nil {
+		t.Fatal(err)
+	}
+	const subject = "0123456789abcdef"
+	if _, err := conn.Exec(t.Context(), `INSERT INTO apikey_outbox (kind, subject) VALUES ('plan', $1) ON CONFLICT DO NOTHING`, subject); err != nil {
+		t.Error(err)
+	}
+	if _, err := conn.Exec(t.Context(), `INSERT INTO apikey_outbox (kind, xid) VALUES ('all', '3')`); err == nil {
+		t.Error("it may choose the transaction")
+	}
+	if _, err := conn.Exec(t.Context(), `DELETE FROM apikey_outbox`); err == nil {
+		t.Error("it may take announcements away")
+	}
+	got := announced(t, conn, pool)
+	if len(got) != 1 || !strings.HasPrefix(got[0], "plan ") || !strings.HasSuffix(got[0], subject) {
+		t.Errorf("announced %q", got)
+	}
+}
+
+// TestJunkInTheOutbox: whatever is in the outbox, announcing goes on, and what nobody can read
+// counts as a change of everything.
+func TestJunkInTheOutbox(t *testing.T) {
+	pool := testservers.Postgres(t)
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
+		t.Fatal(err)
+	}
+	testservers.Exec(t, pool, `ALTER TABLE apikey_outbox DROP CONSTRAINT apikey_outbox_kind_check, DROP CONSTRAINT apikey_outbox_subject_check`)
+	for _, junk := range [][2]string{
+		{strings.Repeat("all ", 100), ""}, {strings.Repeat("k", 2500), ""}, {"plan", strings.Repeat("o", 2500)}, {"", ""}, {"plan", "two words"},
+		{"plan\n", ""}, {"plan", "ö"}, {"?", ""}, {"PLAN", ""},
+	} {
+		testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind, subject) VALUES ($1, $2)`, junk[0], junk[1])
+		got := announced(t, conn, pool)
+		if len(got) != 1 || !strings.HasPrefix(got[0], "all ") {
+			t.Errorf("%.40q is announced as %.80q", junk, got)
+		}
+	}
+	// Rows that were restored from a server that is far ahead announce nothing.
+	testservers.Exec(t, pool, `INSERT INTO apikey_outbox (xid, kind) VALUES ('99999999', 'keys')`)
+	if got := announced(t, conn, pool); len(got) != 0 {
+		t.Errorf("announced %q", got)
+	}
+	// And a place in the future, which was restored, too, holds nothing up.
+	testservers.Exec(t, pool, `UPDATE apikey_announced SET seen = '99999999:99999999:'; INSERT INTO apikey_outbox (kind) VALUES ('keys')`)
+	if got := announced(t, conn, pool); len(got) != 1 {
+		t.Errorf("announced %q after a restore", got)
+	}
+}
+
+// TestBacklog: what has waited for long is announced at once, and deleted in steps.
+func TestBacklog(t *testing.T) {
+	pool := testservers.Postgres(t)
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
+		t.Fatal(err)
+	}
+	running, err := pool.Begin(t.Context()) // a change that is under way when the backlog is announced
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer running.Rollback(context.WithoutCancel(t.Context()))
+	if _, err := running.Exec(t.Context(), `INSERT INTO apikey_outbox (kind) VALUES ('plans')`); err != nil {
+		t.Fatal(err)
+	}
+	testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind, subject) SELECT 'plan', i FROM generate_series(1, 35000) i`)
+	got := announced(t, conn, pool)
+	if len(got) != 1 || !strings.HasPrefix(got[0], "all ") {
+		t.Fatalf("announced %d times, want everything once", len(got))
+	}
+	var newer bool
+	_, xid, _ := strings.Cut(got[0], " ")
+	if err := pool.QueryRow(t.Context(), `SELECT $1::text::xid8 > max(xid) FROM apikey_outbox`, xid).Scan(&newer); err != nil || !newer {
+		t.Errorf("%s is not of a transaction that is newer than all that it stands for, %v", got[0], err)
+	}
+	var left int
+	for range 5 {
+		if got := announced(t, conn, pool); len(got) != 0 {
+			t.Errorf("announced %d more times", len(got))
+		}
+		if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox`).Scan(&left); err != nil {
 			t.Fatal(err)
 		}
-		got := announced(t, conn, pool)
-		if n := len(got); n != 1001 || !strings.HasPrefix(got[n-1], "plans ") {
-			t.Errorf("%s: %d notices, want 1000 and one for all plans", name, n)
+	}
+	if left != 0 {
+		t.Errorf("%d rows are left", left)
+	}
+	if err := running.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := announced(t, conn, pool); len(got) != 1 || !strings.HasPrefix(got[0], "plans ") {
+		t.Errorf("what was under way is announced as %q", got)
+	}
+	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox JOIN apikey_announced ON leftover IS NOT NULL`).Scan(&left); err != nil || left != 0 {
+		t.Errorf("%d, %v", left, err)
+	}
+}
+
+// TestDeadRows: what a call of apikey_announce costs does not grow with what was announced while
+// an older transaction has kept VACUUM from removing it.
+func TestDeadRows(t *testing.T) {
+	pool := testservers.Postgres(t)
+	old, err := pool.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Rollback(context.WithoutCancel(t.Context()))
+	if _, err := old.Exec(t.Context(), `CREATE TABLE a_writer_too ()`); err != nil {
+		t.Fatal(err)
+	}
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
+	buffers := func() (hit int) {
+		t.Helper()
+		testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind) VALUES ('keys')`)
+		conn, err := pool.Acquire(t.Context())
+		if err != nil {
+			t.Fatal(err)
 		}
-		testservers.Exec(t, pool, `TRUNCATE org_plans`)
+		defer conn.Release()
+		for range 2 { // the first one plans
+			var plan []struct {
+				Plan struct {
+					Hit  int `json:"Shared Hit Blocks"`
+					Read int `json:"Shared Read Blocks"`
+				}
+			}
+			if err := conn.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT apikey_announce()`).Scan(&plan); err != nil {
+				t.Fatal(err)
+			}
+			hit = plan[0].Plan.Hit + plan[0].Plan.Read
+		}
+		return hit
+	}
+	const most = 100
+	before := buffers()
+	testservers.Exec(t, pool, `DO $$ BEGIN FOR i IN 1..40 LOOP
+		INSERT INTO apikey_outbox (kind, subject) SELECT 'plan', j FROM generate_series(1, 1000) j; COMMIT; PERFORM apikey_announce(); COMMIT; END LOOP; END $$`)
+	var pages int
+	if err := pool.QueryRow(t.Context(), `SELECT pg_relation_size('apikey_outbox') / 8192`).Scan(&pages); err != nil || pages < 2*most {
+		t.Fatalf("the outbox has %d pages, %v: nothing is dead", pages, err)
+	}
+	if after := buffers(); before > most || after > most {
+		t.Errorf("a call reads %d buffers, and %d beside 40,000 dead rows in %d pages", before, after, pages)
 	}
 }
 

@@ -11,65 +11,78 @@ import (
 // Channel is the NOTIFY channel of the migrations.
 const Channel = "apikey_changes"
 
-// The forms of announcements: "key <xid> <first 8 bytes of the hash, in hex>",
-// "plan <xid> <organisation>", "tier <xid> <name>", "keys <xid>", "plans <xid>",
-// "all <xid>", "beat <xid>".
-const (
-	kindKey   = "key"
-	kindPlan  = "plan"
-	kindTier  = "tier"
-	kindKeys  = "keys"
-	kindPlans = "plans"
-	kindAll   = "all"
-	kindBeat  = "beat"
-)
+// kindBeat is an announcement of no change. Kinds that begin with "?" may be ignored by those
+// who do not know them.
+const kindBeat = "?beat"
 
+// An announcement is words: its kind, a transaction, a subject if the kind has one. Later
+// versions may add words, and kinds.
 type announcement struct {
 	kind    string
 	xid     uint64
-	subject string
-	key     uint64 // the subject of kindKey as a number
+	subject uint64
+	unknown bool // of a kind or form that this version does not know
 }
 
+// form is what the announcements of a kind say: that one topic has changed, or that everything
+// of some kinds may have.
+type form struct {
+	one  bool
+	what []Kind
+}
+
+// forms are those of the migrations.
+var forms = map[string]form{
+	"key":       {true, []Kind{Key}},
+	"keys-of":   {true, []Kind{KeysOf}},
+	"keys-new":  {false, []Kind{NewKeys}},
+	"keys":      {false, []Kind{Key}},
+	"plan":      {true, []Kind{Plan}},
+	"plans-new": {false, []Kind{NewPlans}},
+	"tier":      {true, []Kind{Tier}},
+	"plans":     {false, []Kind{Plan}},
+	"all":       {false, everything},
+}
+
+// everything has a topic of every record.
+var everything = []Kind{Key, Plan}
+
+// parse reads an announcement. Only one without a transaction is an error: nobody knows what
+// it announces, or that it was heard.
 func parse(payload string) (a announcement, err error) {
-	kind, rest, _ := strings.Cut(payload, " ")
-	xidText, subject, more := strings.Cut(rest, " ")
-	a.kind, a.subject = kind, subject
-	a.xid, err = strconv.ParseUint(xidText, 10, 64)
-	known := a.xid != 0
-	switch kind {
-	case kindKey:
-		if a.key, _ = strconv.ParseUint(subject, 16, 64); fmt.Sprintf("%016x", a.key) != subject {
-			known = false
-		}
-	case kindPlan, kindTier:
-		known = known && more
-	case kindKeys, kindPlans, kindAll, kindBeat:
-		known = known && !more
-	default:
-		known = false
+	words := strings.Split(payload, " ")
+	if len(words) > 1 {
+		a.xid, err = strconv.ParseUint(words[1], 10, 64)
 	}
-	if err != nil || !known {
-		return announcement{}, fmt.Errorf("an announcement of unknown form: %q", payload)
+	if a.xid == 0 || err != nil {
+		return announcement{}, fmt.Errorf("an announcement without a transaction: %q", payload)
+	}
+	a.kind = words[0]
+	f, known := forms[a.kind]
+	switch {
+	case !known:
+		a.unknown = !strings.HasPrefix(a.kind, "?")
+	case f.one && len(words) > 2 && len(words[2]) == 16:
+		a.subject, err = strconv.ParseUint(words[2], 16, 64)
+		a.unknown = err != nil
+	case f.one:
+		a.unknown = true
 	}
 	return a, nil
 }
 
-// enter adds the announcement to log.
+// enter adds the announcement to log. What is unknown may concern everything.
 func (a announcement) enter(log *Log, now clock.Instant) {
-	switch a.kind {
-	case kindKey:
-		log.Announce(KeyTopic(a.key), a.xid, now)
-	case kindPlan:
-		log.Announce(PlanTopic(a.subject), a.xid, now)
-	case kindTier:
-		log.Announce(TierTopic(a.subject), a.xid, now)
-	case kindKeys:
-		log.AnnounceAll(Key, a.xid, now)
-	case kindPlans:
-		log.AnnounceAll(Plan, a.xid, now)
-	case kindAll:
-		log.AnnounceAll(Key, a.xid, now)
-		log.AnnounceAll(Plan, a.xid, now)
+	f := forms[a.kind]
+	if a.unknown {
+		log.unknown.Add(1)
+		f = form{what: everything}
+	}
+	for _, kind := range f.what {
+		if f.one {
+			log.Announce(Topic{kind, a.subject}, a.xid, now)
+		} else {
+			log.AnnounceAll(kind, a.xid, now)
+		}
 	}
 }

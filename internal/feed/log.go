@@ -43,8 +43,8 @@ type Log struct {
 	unverified []announced       // announcements of transactions that latest had not reached
 	suspects   []suspect
 
-	announcements, unannounced, forged atomic.Uint64
-	fault                              atomic.Pointer[error]
+	announcements, unannounced, forged, unknown atomic.Uint64
+	fault                                       atomic.Pointer[error]
 }
 
 // An announced transaction has changed a topic, or all topics of a kind.
@@ -90,7 +90,7 @@ func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	l.verify(announced{topic: topic, xid: xid, heard: now})
 	m := &l.marks[topic.kind]
 	m.forget(now, int64(l.life))
-	if m.add(topic.id, xid, l.latest) || topic.kind == Tier { // no record has the cell of a tier
+	if m.add(topic.id, xid, l.latest) || topic.kind != Key && topic.kind != Plan { // no record has the cell of the others
 		l.newEpochs()
 		return
 	}
@@ -210,3 +210,7 @@ func (l *Log) Unannounced() uint64 { return l.unannounced.Load() }
 
 // Forged returns the number of announcements of transactions that did not exist.
 func (l *Log) Forged() uint64 { return l.forged.Load() }
+
+// Unknown returns the number of announcements of a kind or form that this version does not
+// know.
+func (l *Log) Unknown() uint64 { return l.unknown.Load() }

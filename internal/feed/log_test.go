@@ -409,37 +409,107 @@ func TestSuspects(t *testing.T) {
 }
 
 func TestParse(t *testing.T) {
+	const subject = 0x0011223344556677
 	for payload, want := range map[string]announcement{
-		"key 12 0011223344556677":        {kind: kindKey, xid: 12, subject: "0011223344556677", key: 0x0011223344556677},
-		"key 12 ffffffffffffffff":        {kind: kindKey, xid: 12, subject: "ffffffffffffffff", key: 1<<64 - 1},
-		"plan 12 org 1":                  {kind: kindPlan, xid: 12, subject: "org 1"},
-		"plan 12 ":                       {kind: kindPlan, xid: 12},
-		"tier 12 gold plus":              {kind: kindTier, xid: 12, subject: "gold plus"},
-		"keys 12":                        {kind: kindKeys, xid: 12},
-		"plans 12":                       {kind: kindPlans, xid: 12},
-		"all 18446744073709551615":       {kind: kindAll, xid: 1<<64 - 1},
-		"beat 12":                        {kind: kindBeat, xid: 12},
-		"":                               {},
-		"key":                            {},
-		"key 12":                         {},
-		"key 12 ":                        {},
-		"key 0 0011223344556677":         {},
-		"key -1 0011223344556677":        {},
-		"key 12 00112233445566778":       {},
-		"key 12 001122334455667":         {},
-		"key 12 001122334455667X":        {},
-		"key 12 FFFFFFFFFFFFFFFF":        {},
-		"key 18446744073709551616 x":     {},
-		"plan 12":                        {},
-		"all 12 x":                       {},
-		"keys 12 x":                      {},
-		"All 12":                         {},
-		"something 12 else":              {},
-		strings.Repeat("plan 12 x ", 10): {kind: kindPlan, xid: 12, subject: "x " + strings.Repeat("plan 12 x ", 9)},
+		"key 12 0011223344556677":                 {kind: "key", xid: 12, subject: subject},
+		"key 12 ffffffffffffffff":                 {kind: "key", xid: 12, subject: 1<<64 - 1},
+		"keys-of 12 0011223344556677":             {kind: "keys-of", xid: 12, subject: subject},
+		"keys-new 12":                             {kind: "keys-new", xid: 12},
+		"keys 12":                                 {kind: "keys", xid: 12},
+		"plan 12 0011223344556677":                {kind: "plan", xid: 12, subject: subject},
+		"plan 12 0011223344556677 and more words": {kind: "plan", xid: 12, subject: subject}, // of later versions
+		"plans-new 12":                            {kind: "plans-new", xid: 12},
+		"tier 12 0011223344556677":                {kind: "tier", xid: 12, subject: subject},
+		"plans 12":                                {kind: "plans", xid: 12},
+		"plans 12 and more":                       {kind: "plans", xid: 12},
+		"all 18446744073709551615":                {kind: "all", xid: 1<<64 - 1},
+		"?beat 12":                                {kind: "?beat", xid: 12},
+		"?something 12 else":                      {kind: "?something", xid: 12},
+
+		"key 12":                   {kind: "key", xid: 12, unknown: true},
+		"key 12 ":                  {kind: "key", xid: 12, unknown: true},
+		"key 12 00112233445566778": {kind: "key", xid: 12, unknown: true},
+		"key 12 001122334455667":   {kind: "key", xid: 12, unknown: true},
+		"plan 12 my organisation":  {kind: "plan", xid: 12, unknown: true},
+		"All 12":                   {kind: "All", xid: 12, unknown: true},
+		"something 12 else":        {kind: "something", xid: 12, unknown: true},
+		" 12":                      {xid: 12, unknown: true},
+
+		"":                           {},
+		"key":                        {},
+		"?beat":                      {},
+		"key 0 0011223344556677":     {},
+		"key -1 0011223344556677":    {},
+		"key 18446744073709551616 x": {},
+		"key  12 0011223344556677":   {},
 	} {
 		got, err := parse(payload)
+		if err != nil {
+			got = announcement{}
+		}
 		if got != want || (err == nil) != (want != announcement{}) {
 			t.Errorf("parse(%q) = %+v, %v, want %+v", payload, got, err, want)
+		}
+	}
+	got, err := parse("key 12 001122334455667X")
+	if err != nil || !got.unknown {
+		t.Errorf("a subject of no known form: %+v, %v", got, err)
+	}
+}
+
+// TestEnter: each kind refutes what it concerns, and no more. An unknown one may concern
+// everything.
+func TestEnter(t *testing.T) {
+	key, absentKey := []Topic{KeyTopic(7), KeysOfTopic("org")}, []Topic{KeyTopic(8), NewKeysTopic()}
+	plan, absentPlan := []Topic{PlanTopic("org"), TierTopic("gold")}, []Topic{PlanTopic("other"), NewPlansTopic()}
+	for payload, want := range map[string]string{
+		"key 10 0000000000000007":                     "key",
+		"key 10 0000000000000008":                     "absent key",
+		fmt.Sprintf("keys-of 10 %016x", word("org")):  "key",
+		fmt.Sprintf("keys-of 10 %016x", word("gold")): "",
+		"keys-new 10": "absent key",
+		"keys 10":     "key absent key",
+		fmt.Sprintf("plan 10 %016x", word("org")):   "plan",
+		fmt.Sprintf("plan 10 %016x", word("other")): "absent plan",
+		fmt.Sprintf("tier 10 %016x", word("gold")):  "plan",
+		"plans-new 10":            "absent plan",
+		"plans 10":                "plan absent plan",
+		"all 10":                  "key absent key plan absent plan",
+		"orgs 10 x":               "key absent key plan absent plan",
+		"plan 10 my organisation": "key absent key plan absent plan",
+		"?beat 10":                "",
+		"?orgs 10 x":              "",
+	} {
+		l := newLog()
+		epochs := map[Topic]uint32{}
+		records := map[string][]Topic{"key": key, "absent key": absentKey, "plan": plan, "absent plan": absentPlan}
+		for _, topics := range records {
+			epochs[topics[0]] = l.Epoch(topics[0].Cell())
+		}
+		a, err := parse(payload)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.enter(l, at(0))
+		var got []string
+		for _, name := range []string{"key", "absent key", "plan", "absent plan"} {
+			topics := records[name]
+			if !l.Refuted(seen(t, 10), topics...) {
+				continue
+			}
+			got = append(got, name)
+			if l.Epoch(topics[0].Cell()) == epochs[topics[0]] {
+				t.Errorf("%s: the epoch of what is refuted stays", payload)
+			}
+			if l.Refuted(seen(t, 11), topics...) {
+				t.Errorf("%s refutes who has seen it", payload)
+			}
+		}
+		if got := strings.Join(got, " "); got != want {
+			t.Errorf("%s refutes %q, want %q", payload, got, want)
+		}
+		if unknown := l.Unknown() == 1; unknown != (payload == "orgs 10 x" || payload == "plan 10 my organisation") {
+			t.Errorf("%s is unknown: %v", payload, unknown)
 		}
 	}
 }

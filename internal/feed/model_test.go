@@ -19,13 +19,16 @@ import (
 // time up to which the session says it knows all changes.
 type state struct {
 	// The database.
-	next    uint64   // transaction id
-	last    uint64   // the last one that there is
-	running []uint64 // transactions that change the row, and have not committed
-	outbox  []uint64 // that have committed, and are not announced
-	others  []uint64 // of these, what another session is announcing, and has not committed
-	queue   []notice // announced, and not delivered to the session
-	row     int      // its version: each commit makes the next one
+	next    uint64             // transaction id
+	last    uint64             // the last one that there is
+	running []uint64           // transactions that change the row, and have not committed
+	outbox  []uint64           // that have committed, and are not announced
+	others  []uint64           // of these, what another session is announcing, and has not committed
+	asOf    snapshot.Snapshot  // its snapshot
+	place   *snapshot.Snapshot // what it sees was announced; nil: there is none yet
+	backlog bool               // there is so much to announce that everything is announced at once
+	queue   []notice           // announced, and not delivered to the session
+	row     int                // its version: each commit makes the next one
 
 	// The session.
 	listens bool
@@ -64,6 +67,8 @@ const (
 	noDrain       mistake = "a read does not announce what waits"
 	noWait        mistake = "a read does not wait for those who announce"
 	noSecond      mistake = "what the snapshot of a read has not seen proves that read"
+	noRunning     mistake = "the place forgets which transactions were running"
+	noOwn         mistake = "a backlog is announced as of its newest transaction"
 )
 
 // moment is the present, as an Instant of the proof.
@@ -146,19 +151,19 @@ var moves = []move{
 		return true
 	}},
 	{"another session begins to announce", func(s *state, _ mistake) bool {
-		if len(s.others) > 0 || len(s.outbox) == 0 {
+		if len(s.others) > 0 {
 			return false
 		}
-		s.others, s.outbox = s.outbox, nil
-		return true
+		s.others, s.asOf = s.take(), s.snapshot()
+		return len(s.others) > 0
 	}},
-	{"and commits", func(s *state, _ mistake) bool {
+	{"and commits", func(s *state, broken mistake) bool {
 		if len(s.others) == 0 {
 			return false
 		}
-		s.enqueue(s.others)
-		s.others = nil
-		return true
+		s.announce(s.others, s.asOf, broken)
+		s.others, s.asOf = nil, snapshot.Snapshot{}
+		return s.next <= s.last+1
 	}},
 	{"the session's read is made", func(s *state, broken mistake) bool {
 		if !s.listens || s.reads != nil {
@@ -166,7 +171,7 @@ var moves = []move{
 		}
 		s.reads = &read{s.moment(), s.snapshot()}
 		if broken != noDrain {
-			s.own, s.outbox = s.outbox, nil
+			s.own = s.take()
 		}
 		return true
 	}},
@@ -174,7 +179,9 @@ var moves = []move{
 		if s.reads == nil || len(s.others) > 0 && broken != noWait && broken != noDrain {
 			return false // what the others began later need not be waited for: that leaves out no way
 		}
-		s.enqueue(s.own)
+		if len(s.own) > 0 {
+			s.announce(s.own, s.reads.snap, broken)
+		}
 		r := *s.reads // its answer comes before what is announced later
 		if broken == timeAfterRead {
 			r.asked = s.moment()
@@ -182,7 +189,7 @@ var moves = []move{
 		s.proof.reads = slices.Clone(s.proof.reads)
 		s.proof.read(r)
 		s.reads, s.own = nil, nil
-		return true
+		return s.next <= s.last+1
 	}},
 	{"a store reads", func(s *state, _ mistake) bool {
 		wasReading := s.reading != nil
@@ -212,12 +219,37 @@ func (s *state) begin() {
 	s.proof = proof{[]read{{s.moment(), first}}}
 }
 
-// enqueue puts announced transactions into the queue.
-func (s *state) enqueue(xids []uint64) {
+// take takes what is looked at from the outbox: what the place has not seen.
+func (s *state) take() (taken []uint64) {
+	var left []uint64
+	for _, xid := range s.outbox {
+		if s.place != nil && s.place.Sees(xid) {
+			left = append(left, xid)
+		} else {
+			taken = append(taken, xid)
+		}
+	}
+	s.outbox = left
+	return taken
+}
+
+// announce commits the announcement of transactions, by a call that has begun with a snapshot.
+func (s *state) announce(xids []uint64, as snapshot.Snapshot, broken mistake) {
+	switch {
+	case s.backlog && broken == noOwn:
+		xids = []uint64{slices.Max(xids)}
+	case s.backlog:
+		xids = []uint64{s.next}
+		s.next++
+	}
 	s.queue = slices.Clone(s.queue)
 	for _, xid := range xids {
 		s.queue = append(s.queue, notice{xid, false})
 	}
+	if broken == noRunning {
+		as, _ = snapshot.Parse(fmt.Sprintf("%d:%[1]d:", as.XMax()))
+	}
+	s.place = &as
 }
 
 func (s *state) commit(i int) bool {
@@ -271,6 +303,10 @@ func (s *state) key() string {
 		snap(s.reads.snap)
 		numbers(uint64(versionAt(s.reads.asked)))
 	}
+	snap(s.asOf)
+	if s.place != nil {
+		snap(*s.place)
+	}
 	for _, c := range []*copied{s.record, s.reading} {
 		b = append(b, 0xfb)
 		if c != nil {
@@ -281,14 +317,31 @@ func (s *state) key() string {
 	return string(b)
 }
 
-// search goes through all that can happen in so many moves and transactions, and returns
-// the first way to a stale record that is vouched for.
-func search(broken mistake, most int, transactions uint64) (way []string, states int) {
+// A scene is where a search begins.
+type scene struct {
+	transactions uint64   // that there are
+	backlog      bool     // see state
+	moves        []string // that have been made
+}
+
+// under is a change that is under way while a newer one is committed.
+var under = []string{"a change begins", "a change begins", "the newer change commits"}
+
+// search goes through all that can happen in so many moves, and returns the first way to a
+// stale record that is vouched for.
+func search(broken mistake, from scene, most int) (way []string, states int) {
 	type visit struct {
 		state
 		way []string
 	}
-	level, seen := []visit{{state: state{next: 10, last: 9 + transactions, row: 1}}}, map[string]bool{}
+	first := state{next: 10, last: 9 + from.transactions, row: 1, backlog: from.backlog}
+	for _, name := range from.moves {
+		i := slices.IndexFunc(moves, func(m move) bool { return m.name == name })
+		if !moves[i].make(&first, broken) {
+			panic(name)
+		}
+	}
+	level, seen := []visit{{state: first}}, map[string]bool{}
 	for range most {
 		var next []visit
 		for _, v := range level {
@@ -314,24 +367,48 @@ func search(broken mistake, most int, transactions uint64) (way []string, states
 	return nil, len(seen)
 }
 
-var modelMoves = flag.Int("model.moves", 14, "moves in TestModel, with two transactions; less by six with four")
+var modelMoves = flag.Int("model.moves", 14, "moves in TestModel, with two transactions; less with more")
 
 // TestModel: whatever happens in whatever order, no stale record is vouched for; and if
 // one of the conditions is left out, there is a way to one.
 func TestModel(t *testing.T) {
-	for transactions, moves := range map[uint64]int{2: *modelMoves, 4: *modelMoves - 6} {
-		way, states := search(none, moves, transactions)
+	announced := append(under[:3:3], "the session listens", "another session begins to announce", "and commits")
+	for _, c := range []struct {
+		scene
+		moves int
+	}{
+		{scene{transactions: 2}, *modelMoves},
+		{scene{transactions: 4}, *modelMoves - 6},
+		{scene{transactions: 3, moves: announced}, *modelMoves - 4},
+		{scene{transactions: 4, backlog: true, moves: under}, *modelMoves - 5},
+	} {
+		way, states := search(none, c.scene, c.moves)
 		if way != nil {
 			t.Errorf("a stale record is vouched for: %q", way)
 		}
-		t.Logf("%d states in up to %d moves with %d transactions", states, moves, transactions)
+		t.Logf("%d states in up to %d moves from %+v", states, c.moves, c.scene)
 	}
-	for i, broken := range []mistake{noServer, noUnseen, noFirst, timeAfterRead, noRefutation, noListen, noDrain, noWait, noSecond} {
-		t.Run(string(broken), func(t *testing.T) {
-			if i > 2 {
+	for i, c := range []struct {
+		broken mistake
+		scene
+	}{
+		{noServer, scene{transactions: 2}},
+		{noUnseen, scene{transactions: 2}},
+		{noFirst, scene{transactions: 2}},
+		{noRunning, scene{transactions: 3, moves: announced}},
+		{noOwn, scene{transactions: 3, backlog: true, moves: under}},
+		{timeAfterRead, scene{transactions: 2}},
+		{noRefutation, scene{transactions: 2}},
+		{noListen, scene{transactions: 2}},
+		{noDrain, scene{transactions: 2}},
+		{noWait, scene{transactions: 2}},
+		{noSecond, scene{transactions: 2}},
+	} {
+		t.Run(string(c.broken), func(t *testing.T) {
+			if i > 4 {
 				testservers.Long(t)
 			}
-			way, states := search(broken, *modelMoves, 2)
+			way, states := search(c.broken, c.scene, *modelMoves)
 			if way == nil {
 				t.Errorf("none of %d states shows it", states)
 			}

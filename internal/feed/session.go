@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,14 +26,10 @@ import (
 
 const (
 	readsPerLease  = 12
-	readAtLeast    = time.Second // the longest time between reads, which announce if the announcer is gone
+	readAtLeast    = time.Second // the longest time between reads, which announce if the announcer is gone, unless the announcer is slower
 	quietPerLease  = 4           // a beat is sent after a lease/quietPerLease without announcements
 	closeTimeout   = time.Second
 	connectTimeout = 10 * time.Second // to connect and begin, which takes about six round trips
-
-	// announceEvery is how often the announcer announces. It pauses at least as long as
-	// the last call has taken.
-	announceEvery = 20 * time.Millisecond
 
 	// farAhead is more transactions than a server begins between two reads. Announcements
 	// of transactions farther ahead are verified at once.
@@ -45,7 +42,7 @@ var errPooler = errors.New("a pooler (such as PgBouncer) is in between, which do
 	"give Watch a pool that connects to PostgreSQL directly; the stores may stay behind the pooler")
 
 const (
-	readSQL = `SELECT apikey_announce()`
+	readSQL = `SELECT snapshot, again_after FROM apikey_announce()`
 	beatSQL = readSQL + `; SELECT pg_catalog.pg_notify('` + Channel + `', '` + kindBeat + ` ' || pg_catalog.pg_current_xact_id()::text)`
 
 	// tryLockSQL makes the session the announcer if there is none. The lock is held until
@@ -62,12 +59,14 @@ const (
 		('tcp_user_timeout', '30000')) AS s (name, value) USING (name)`
 )
 
-// announcerLock is the class of the announcers' advisory locks. Migration 0002 uses the same.
+// announcerLock is the class of the announcers' advisory locks. The migrations use the same.
 const announcerLock = "1634757477"
 
-// AnnouncerSQL is an expression for whether the database has an announcer, for any schema.
+// AnnouncerSQL is an expression for whether the tables that the search_path finds have an
+// announcer.
 const AnnouncerSQL = `EXISTS (SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg_database d ON d.oid = database
-	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + ` AND granted)`
+	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + ` AND granted
+		AND objid = pg_catalog.hashtext(pg_catalog.to_regclass('apikey_outbox')::oid::text)::oid)`
 
 // ServerSQL is an expression for the present [snapshot.Server] as a bigint: the start of the
 // server in microseconds, hashed with the name of the database. It is 0 on a standby, whose
@@ -98,6 +97,7 @@ type wire struct {
 	known    clock.Instant   // up to when all changes are known
 	answered time.Time       // when the last message arrived
 
+	every     atomic.Int64  // how often the announcer is to announce, in milliseconds
 	announcer chan struct{} // closed when the session has become the announcer
 	announced chan struct{} // receives when a call of the announcer was answered
 }
@@ -163,9 +163,15 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	}
 	asked := clock.At(time.Now())
 	var text string
-	if err := conn.QueryRow(ctx, readSQL, simple).Scan(&text); err != nil {
-		if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42883" { // undefined_function
-			err = fmt.Errorf("the migrations are older than this program, or not in the search_path: %w", err)
+	var every int64
+	if err := conn.QueryRow(ctx, readSQL, simple).Scan(&text, &every); err != nil {
+		if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+			switch e.Code {
+			case "42883", "42703": // undefined_function, undefined_column
+				err = fmt.Errorf("the migrations are older than this program, or not in the search_path: %w", err)
+			case "42501": // insufficient_privilege
+				err = fmt.Errorf("GRANT EXECUTE ON FUNCTION apikey_announce() to this role: %w", err)
+			}
 		}
 		return nil, fmt.Errorf("LISTEN: %w", err)
 	}
@@ -178,6 +184,7 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 		return nil, err
 	}
 	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now(), announcer: make(chan struct{}), announced: make(chan struct{}, 1)}
+	w.every.Store(every)
 	first = first.On(server)
 	w.proof.read(read{asked, first})
 	log.Begin(History(history), first, asked)
@@ -252,13 +259,19 @@ func (w *wire) send(ctx context.Context) error {
 		if err := w.query(sql, clock.At(time.Now())); err != nil {
 			return fmt.Errorf("listening: %w", err)
 		}
-		wait = min(lease/readsPerLease, readAtLeast)
+		wait = min(lease/readsPerLease, max(readAtLeast, w.announceEvery()))
 		wait += rand.N(wait/4 + 1)
 	}
 }
 
-// announce announces every announceEvery, once the session is the announcer. If the announcer
-// is in trouble, the reads of the others announce.
+// announceEvery is how often the announcer announces: a setting of the database.
+func (w *wire) announceEvery() time.Duration {
+	return time.Duration(w.every.Load()) * time.Millisecond
+}
+
+// announce announces every announceEvery, once the session is the announcer. It pauses at least
+// as long as the last call has taken. If the announcer is in trouble, the reads of the others
+// announce.
 func (w *wire) announce(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -278,7 +291,7 @@ func (w *wire) announce(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(max(announceEvery, time.Since(start))):
+		case <-time.After(max(w.announceEvery(), time.Since(start))):
 		}
 	}
 }
@@ -324,17 +337,16 @@ func (w *wire) receive() error {
 			return w.notified(m.Payload)
 		}
 	case *pgproto3.DataRow:
-		switch value := string(m.Values[0]); value {
-		case "": // pg_notify
-		case "f": // tryLockSQL
-		case "t":
-			select {
-			case <-w.announcer: // asked again before it was known
-			default:
-				close(w.announcer)
-			}
+		if len(m.Values) == 2 { // readSQL
+			return w.snapshot(string(m.Values[0]), string(m.Values[1]))
+		}
+		if string(m.Values[0]) != "t" { // pg_notify, or tryLockSQL in vain
+			return nil
+		}
+		select {
+		case <-w.announcer: // asked again before it was known
 		default:
-			return w.snapshot(value)
+			close(w.announcer)
 		}
 	case *pgproto3.ErrorResponse:
 		return pgconn.ErrorResponseToPgError(m)
@@ -343,11 +355,16 @@ func (w *wire) receive() error {
 }
 
 // snapshot handles the answer to the oldest query.
-func (w *wire) snapshot(text string) error {
+func (w *wire) snapshot(text, againAfter string) error {
 	snap, err := snapshot.Parse(text)
 	if err != nil {
 		return err
 	}
+	every, err := strconv.ParseInt(againAfter, 10, 64)
+	if err != nil {
+		return err
+	}
+	w.every.Store(every)
 	snap = snap.On(w.server)
 	w.mu.Lock()
 	if len(w.asked) == 0 {
@@ -371,12 +388,12 @@ func (w *wire) snapshot(text string) error {
 func (w *wire) notified(payload string) error {
 	a, err := parse(payload)
 	if err != nil {
-		return err // nobody knows what it announces, so begin a new session
+		return err
 	}
 	now := time.Now()
 	a.enter(w.log, clock.At(now))
 	if a.kind != kindBeat {
-		w.log.logger.Debug("apikey: a change is announced", "kind", a.kind, "subject", a.subject, "transaction", a.xid)
+		w.log.logger.Debug("apikey: a change is announced", "kind", a.kind, "subject", fmt.Sprintf("%016x", a.subject), "transaction", a.xid)
 	}
 	if w.log.FarAhead(a.xid, farAhead) { // most likely forged: it proves nothing
 		return w.readSoon()

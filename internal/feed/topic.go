@@ -1,15 +1,21 @@
 package feed
 
-import "hash/maphash"
+import (
+	"crypto/sha256"
+	"encoding/binary"
+)
 
 // A Kind is a kind of topics.
 type Kind uint8
 
-// The kinds of topics: a key, the plan of an organisation, all plans of a tier.
+// The kinds of topics.
 const (
-	Key Kind = iota
-	Plan
-	Tier
+	Key      Kind = iota // a key
+	KeysOf               // the keys of an organisation
+	NewKeys              // keys that were not there: a single topic
+	Plan                 // the plan of an organisation
+	NewPlans             // plans that were not there: a single topic
+	Tier                 // the plans of a tier
 	kinds
 )
 
@@ -20,16 +26,31 @@ type Topic struct {
 	id   uint64
 }
 
-var seed = maphash.MakeSeed()
-
 // KeyTopic returns the topic of a key by the first 8 bytes of its hash, big-endian.
 func KeyTopic(id uint64) Topic { return Topic{Key, id} }
 
+// KeysOfTopic returns the topic of all keys of an organisation.
+func KeysOfTopic(orgID string) Topic { return Topic{KeysOf, word(orgID)} }
+
+// NewKeysTopic returns the topic of all keys that were not there.
+func NewKeysTopic() Topic { return Topic{kind: NewKeys} }
+
 // PlanTopic returns the topic of an organisation's plan.
-func PlanTopic(orgID string) Topic { return Topic{Plan, maphash.String(seed, orgID)} }
+func PlanTopic(orgID string) Topic { return Topic{Plan, word(orgID)} }
+
+// NewPlansTopic returns the topic of all plans that were not there.
+func NewPlansTopic() Topic { return Topic{kind: NewPlans} }
 
 // TierTopic returns the topic of all plans of a tier.
-func TierTopic(name string) Topic { return Topic{Tier, maphash.String(seed, name)} }
+func TierTopic(name string) Topic { return Topic{Tier, word(name)} }
+
+// word returns what announcements say in place of a name: the first 8 bytes of its SHA-256.
+// The triggers of the migrations do the same.
+func word(name string) uint64 {
+	var buf [64]byte // a conversion would allocate
+	sum := sha256.Sum256(append(buf[:0], name...))
+	return binary.BigEndian.Uint64(sum[:])
+}
 
 // A Cell is one of 4,096 groups of topics.
 type Cell uint16
