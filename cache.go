@@ -324,6 +324,7 @@ func (c *Cache) Stats() CacheStats {
 		Announcements:  c.shared.Log.Announcements(),
 		Unannounced:    c.shared.Log.Unannounced(),
 		Forged:         c.shared.Log.Forged(),
+		Unknown:        c.shared.Log.Unknown(),
 	}
 }
 

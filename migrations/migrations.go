@@ -82,7 +82,7 @@ func owned(ctx context.Context, tx pgx.Tx) error {
 		SELECT pg_catalog.pg_get_userbyid(c.relowner)::pg_catalog.text
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 			JOIN pg_catalog.pg_database d ON d.datname = pg_catalog.current_database()
-		WHERE c.oid = 'apikey_migrations'::pg_catalog.regclass AND c.relowner <> n.nspowner AND c.relowner <> d.datdba
+		WHERE c.oid = 'apikey_migrations'::pg_catalog.regclass::pg_catalog.oid AND c.relowner <> n.nspowner AND c.relowner <> d.datdba
 			AND pg_catalog.pg_get_userbyid(c.relowner) <> CURRENT_USER`)
 	if err == nil && len(stranger) > 0 {
 		err = fmt.Errorf("the table apikey_migrations belongs to %s, who is neither this role nor the owner of the schema or the database: "+

@@ -498,6 +498,86 @@ func TestBacklog(t *testing.T) {
 	}
 }
 
+// TestAnnounceWaits: a call waits for another one that is announcing, and announces what that one
+// rolls back. Its snapshot sees nothing that was not announced.
+func TestAnnounceWaits(t *testing.T) {
+	pool := testservers.Postgres(t)
+	listener, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close(context.WithoutCancel(t.Context()))
+	if _, err := listener.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
+		t.Fatal(err)
+	}
+	for _, backlog := range []bool{false, true} {
+		for _, commits := range []bool{true, false} {
+			testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind) VALUES ('keys')`)
+			if backlog {
+				testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind, subject) SELECT 'plan', i FROM generate_series(1, 20000) i`)
+			}
+			first, err := pool.Begin(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := first.Exec(t.Context(), `SELECT apikey_announce()`); err != nil {
+				t.Fatal(err)
+			}
+			returned := make(chan string, 1)
+			go func() {
+				var snap string
+				if err := pool.QueryRow(context.WithoutCancel(t.Context()), `SELECT snapshot FROM apikey_announce()`).Scan(&snap); err != nil {
+					snap = err.Error()
+				}
+				returned <- snap
+			}()
+			for waits := false; !waits; {
+				select {
+				case snap := <-returned:
+					t.Fatalf("a second call returned %s while the first was announcing", snap)
+				case <-time.After(10 * time.Millisecond):
+				}
+				if err := pool.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')`).Scan(&waits); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var later string
+			if err := pool.QueryRow(t.Context(), `INSERT INTO apikey_outbox (kind) VALUES ('plans') RETURNING xid::text`).Scan(&later); err != nil {
+				t.Fatal(err)
+			}
+			if commits {
+				err = first.Commit(t.Context())
+			} else {
+				err = first.Rollback(t.Context())
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			snap := <-returned
+			testservers.Exec(t, pool, `NOTIFY apikey_changes, 'end'`)
+			var keys int
+			var plans bool
+			for _, payload := range until(t, listener, "end") {
+				kind, xid, _ := strings.Cut(payload, " ")
+				if kind == "keys" || kind == "all" {
+					keys++
+				}
+				plans = plans || kind == "plans" && xid == later
+			}
+			var sees bool
+			if err := pool.QueryRow(t.Context(), `SELECT pg_visible_in_snapshot($1::text::xid8, $2::text::pg_snapshot)`, later, snap).Scan(&sees); err != nil {
+				t.Fatal(err)
+			}
+			if keys != 1 || sees && !plans {
+				t.Errorf("backlog %v, the first commits %v: announced %d times; the snapshot sees a later change: %v, which was announced: %v", backlog, commits, keys, sees, plans)
+			}
+			for range 5 {
+				announced(t, listener, pool) // what is left
+			}
+		}
+	}
+}
+
 // TestDeadRows: what a call of apikey_announce costs does not grow with what was announced while
 // an older transaction has kept VACUUM from removing it.
 func TestDeadRows(t *testing.T) {
@@ -551,6 +631,12 @@ func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []str
 	t.Helper()
 	testservers.Exec(t, pool, `SELECT apikey_announce()`)
 	testservers.Exec(t, pool, `NOTIFY apikey_changes, 'end'`) // notices arrive in the order of commits
+	return until(t, conn, "end")
+}
+
+// until returns what conn has been sent before a payload.
+func until(t *testing.T, conn *pgx.Conn, end string) (payloads []string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	for {
@@ -558,7 +644,7 @@ func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []str
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n.Payload == "end" {
+		if n.Payload == end {
 			return payloads
 		}
 		payloads = append(payloads, n.Payload)

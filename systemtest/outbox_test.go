@@ -120,7 +120,7 @@ func TestStrictRole(t *testing.T) {
 	role := "strict_" + strings.ToLower(w.Pool.Config().ConnConfig.Database[12:])
 	testservers.Exec(t, w.Pool, `CREATE ROLE `+role+` LOGIN PASSWORD 'p'`)
 	t.Cleanup(func() { testservers.Exec(t, w.Pool, `DROP OWNED BY `+role+`; DROP ROLE `+role) })
-	testservers.Exec(t, w.Pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
+	testservers.Exec(t, w.Pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role+`; GRANT EXECUTE ON FUNCTION apikey_announce TO `+role)
 	for _, setting := range []string{`default_transaction_read_only = on`, `statement_timeout = '1s'`, `lock_timeout = '1ms'`, `default_transaction_isolation = 'serializable'`} {
 		testservers.Exec(t, w.Pool, `ALTER ROLE `+role+` SET `+setting)
 	}
@@ -145,18 +145,61 @@ func TestStrictRole(t *testing.T) {
 	}
 }
 
-// TestNobodyListens: without a replica that watches, what is not announced does not grow
-// for ever.
+// TestNobodyListens: without a replica that watches this schema, what is not announced does not
+// grow for ever, even if another schema of the database is watched.
 func TestNobodyListens(t *testing.T) {
 	t.Parallel()
 	w := world.NewPostgres(t)
+	testservers.Exec(t, w.Pool, `CREATE SCHEMA watched`)
+	watched := testservers.Pool(t, testservers.Migrated(t, w.Pool.Config().ConnString()+"&search_path=watched"))
+	world.NewWatchedReplica(t, watched, testservers.Redis(t), world.NewSecret(), nil)
+	world.WaitFor(t, func() bool {
+		var is bool
+		err := watched.QueryRow(t.Context(), `SELECT `+feed.AnnouncerSQL).Scan(&is)
+		return err == nil && is
+	})
+	var is bool
+	if err := w.Pool.QueryRow(t.Context(), `SELECT `+feed.AnnouncerSQL).Scan(&is); err != nil || is {
+		t.Errorf("the announcer of another schema counts as one of this, %v", err)
+	}
 	_, org := w.Enrol(t, world.Live, world.Paid)
 	testservers.Exec(t, w.Pool, `INSERT INTO apikey_outbox (kind, subject, at) SELECT 'plan', i::text, now() - interval '2 hours' FROM generate_series(1, 5000) i`)
 	testservers.Exec(t, w.Pool, `DO $$ BEGIN FOR i IN 1..15000 LOOP UPDATE org_plans SET ends_at = now() + i * interval '1 s' WHERE org_id = '`+org.ID+`'; COMMIT; END LOOP; END $$`)
-	var old, young int
-	err := w.Pool.QueryRow(t.Context(), `SELECT count(*) FILTER (WHERE at < now() - interval '1 hour'), count(*) FILTER (WHERE at > now() - interval '1 hour') FROM apikey_outbox`).Scan(&old, &young)
-	if err != nil || old > 0 || young < 15000 {
-		t.Errorf("%d old rows and %d young ones are left, %v; want none and 15,000", old, young, err)
+	var old, young, all int
+	err := w.Pool.QueryRow(t.Context(), `SELECT count(*) FILTER (WHERE at < now() - interval '1 hour'), count(*) FILTER (WHERE at > now() - interval '1 hour'),
+		count(*) FILTER (WHERE kind = 'all') FROM apikey_outbox`).Scan(&old, &young, &all)
+	if err != nil || old > 0 || young < 15000 || all == 0 {
+		t.Errorf("%d old rows and %d young ones are left, of these %d for all that is gone, %v; want none, 15,000 and one or more", old, young, all, err)
+	}
+}
+
+// TestRareAnnouncements: how often changes are announced is a setting of the database, which
+// all replicas follow at once.
+func TestRareAnnouncements(t *testing.T) {
+	t.Parallel()
+	f := world.NewFleet(t, 2, &apikey.CacheOptions{MaxStaleness: time.Hour})
+	statements := func() (n int) {
+		t.Helper()
+		if err := f.Pool.QueryRow(t.Context(), `SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	in := func(d time.Duration) int {
+		before := statements()
+		time.Sleep(d)
+		return statements() - before
+	}
+	const d = 3 * time.Second
+	often := in(d)
+	testservers.Exec(t, f.Pool, `UPDATE apikey_settings SET announce_every = '1 minute'`)
+	time.Sleep(2 * time.Second) // for the reads that are on their way, and the statistics
+	rare := in(d)
+	if often < 30 || rare > 10 {
+		t.Errorf("%d transactions in %v, and %d when announcements are rare", often, d, rare)
+	}
+	if _, err := f.Pool.Exec(t.Context(), `UPDATE apikey_settings SET announce_every = '1 hour'`); err == nil {
+		t.Error("an hour is not refused")
 	}
 }
 
@@ -185,6 +228,85 @@ func TestLogicalReplication(t *testing.T) {
 	world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.Admitted })
 	testservers.Exec(t, pools[0], `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`, org.ID)
 	world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.PlanExpired })
+	if n := r.Cache.Stats().Unannounced; n > 0 {
+		t.Errorf("%d changes were not announced", n)
+	}
+}
+
+// TestOneCustomersBulkChange: importing, deactivating and pruning more keys of one customer than
+// are announced one by one leaves the known keys of others as they are: they go on in an outage.
+func TestOneCustomersBulkChange(t *testing.T) {
+	t.Parallel()
+	server := testservers.StartPostgres(t)
+	w := world.NewPostgresOn(t, testservers.Pool(t, testservers.Migrated(t, server.URL)))
+	r := world.NewWatchedReplica(t, w.Pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: time.Second})
+	var others []string
+	for range 50 {
+		apiKey, _ := w.Enrol(t, world.Live, world.Paid)
+		others = append(others, apiKey)
+		r.WantCode(t, apiKey, world.Admitted)
+	}
+	_, org := w.Enrol(t, world.Live, world.Paid)
+	announced := r.Cache.Stats().Announcements
+	for _, sql := range []string{
+		`INSERT INTO api_keys (org_id, key_hash) SELECT '` + org.ID + `', sha256(i::text::bytea) FROM generate_series(1, 1100) i`,
+		`UPDATE api_keys SET active = false WHERE org_id = '` + org.ID + `'`,
+		`DELETE FROM api_keys WHERE org_id = '` + org.ID + `'`,
+	} {
+		testservers.Exec(t, w.Pool, sql)
+	}
+	world.WaitFor(t, func() bool { return r.Cache.Stats().Announcements >= announced+3000 })
+	server.Crash(t)
+	time.Sleep(time.Second) // longer than what is known may be used without looking
+	refused := 0
+	for _, apiKey := range others {
+		if r.Ask(apiKey) != world.Admitted {
+			refused++
+		}
+	}
+	if refused > 0 {
+		t.Errorf("%d of %d known good keys of other customers are refused in an outage", refused, len(others))
+	}
+}
+
+// TestBacklog: nobody has listened for long, and 300,000 changes wait. A replica that begins hears of
+// everything at once, and of what comes after that as ever.
+func TestBacklog(t *testing.T) {
+	t.Parallel()
+	w := world.NewPostgres(t)
+	testservers.Exec(t, w.Pool, `INSERT INTO apikey_outbox (kind, subject) SELECT 'plan', i FROM generate_series(1, 300000) i`)
+	r := world.NewWatchedReplica(t, w.Pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	if n := r.Cache.Stats().Announcements; n > 10 {
+		t.Errorf("%d announcements of the backlog, want a few", n)
+	}
+	apiKey, org := w.Enrol(t, world.Live, world.Paid)
+	r.WantCode(t, apiKey, world.Admitted)
+	testservers.Exec(t, w.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+	world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.Invalid })
+	world.WaitFor(t, func() bool {
+		var left int
+		err := w.Pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox`).Scan(&left)
+		return err == nil && left == 0
+	})
+	if s := r.Cache.Stats(); !s.FeedLive || s.FeedErr != nil || s.Unannounced > 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// TestTierComes: plans name a tier that is not there, as after a restore without checks. It is
+// announced when the tier comes, and when it goes.
+func TestTierComes(t *testing.T) {
+	t.Parallel()
+	w := world.NewPostgres(t)
+	r := world.NewWatchedReplica(t, w.Pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	apiKey, _ := w.Enrol(t, world.Live, world.Paid)
+	r.WantCode(t, apiKey, world.Admitted)
+	for range 3 {
+		testservers.Exec(t, w.Pool, `SET session_replication_role = replica; DELETE FROM plan_catalogue WHERE name = 'starter'; RESET session_replication_role`)
+		world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.PlanExpired })
+		testservers.Exec(t, w.Pool, `INSERT INTO plan_catalogue VALUES ('starter', true)`)
+		world.WaitFor(t, func() bool { return r.Ask(apiKey) == world.Admitted })
+	}
 	if n := r.Cache.Stats().Unannounced; n > 0 {
 		t.Errorf("%d changes were not announced", n)
 	}

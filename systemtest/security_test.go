@@ -216,7 +216,8 @@ func TestReaderRole(t *testing.T) {
 		`UPDATE api_keys SET active = true`, `DELETE FROM api_keys`, `TRUNCATE api_keys`, `UPDATE org_plans SET status = 'active'`,
 		`INSERT INTO plan_catalogue VALUES ('x', true)`, `UPDATE plan_catalogue SET api_access = true`, `SELECT name FROM api_keys`,
 		`SELECT last_used_at FROM api_key_uses`, `SELECT * FROM organisations`, `DELETE FROM apikey_migrations`,
-		`CREATE FUNCTION apikey_announce_row() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`,
+		`CREATE FUNCTION apikey_announce_key() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`,
+		`INSERT INTO apikey_outbox (kind) VALUES ('all')`, `DELETE FROM apikey_outbox`, `UPDATE apikey_announced SET seen = NULL`, `UPDATE apikey_settings SET announce_every = '1 minute'`,
 	} {
 		if _, err := pool.Exec(t.Context(), sql); err == nil || !strings.Contains(err.Error(), "permission denied") {
 			t.Errorf("%s: %v, want permission denied", sql, err)

@@ -407,7 +407,7 @@ func TestConnectionLimit(t *testing.T) {
 	role := "few_" + strings.ToLower(rand.Text())
 	testservers.Exec(t, w.Pool, `CREATE ROLE `+role+` LOGIN CONNECTION LIMIT 2 PASSWORD 'p'`)
 	defer testservers.Exec(t, w.Pool, `DROP ROLE `+role)
-	testservers.Exec(t, w.Pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role)
+	testservers.Exec(t, w.Pool, `GRANT SELECT ON api_keys, org_plans, plan_catalogue TO `+role+`; GRANT EXECUTE ON FUNCTION apikey_announce TO `+role)
 	defer testservers.Exec(t, w.Pool, `DROP OWNED BY `+role)
 	config := w.Pool.Config()
 	config.ConnConfig.User, config.ConnConfig.Password, config.MaxConns = role, "p", 8

@@ -79,6 +79,8 @@ func examinePostgres(ctx context.Context, pool *pgxpool.Pool) (findings []findin
 		{"notification queue", checkQueue},
 		{"sessions", checkSessions},
 		{"announcer", checkAnnouncer},
+		{"outbox", checkOutbox},
+		{"rights", checkRights},
 	} {
 		state, detail, err := c.check(ctx, pool)
 		if err != nil {
@@ -162,9 +164,6 @@ func checkTriggers(ctx context.Context, pool *pgxpool.Pool) (state, detail strin
 	wanted := 0
 	for table := range migrations.Columns() {
 		for _, name := range []string{"apikey_announce_insert_delete", "apikey_announce_update", "apikey_announce_truncate"} {
-			if table == "plan_catalogue" && name != "apikey_announce_update" {
-				continue
-			}
 			wanted++
 			t, ok := found[table+"."+name]
 			switch {
@@ -197,9 +196,6 @@ func checkColumns(ctx context.Context, pool *pgxpool.Pool) (state, detail string
 	for table, columns := range migrations.Columns() {
 		definition := found[table+".apikey_announce_update"].Definition
 		for _, column := range columns {
-			if table == "plan_catalogue" && column == "name" {
-				continue // a new name is one of org_plans.plan too
-			}
 			if !strings.Contains(definition, "new."+column) {
 				silent = append(silent, table+"."+column)
 			}
@@ -289,6 +285,66 @@ func checkAnnouncer(ctx context.Context, pool *pgxpool.Pool) (state, detail stri
 		return stateWarning, "no replica runs Cache.Watch at this moment, so that changes are noticed within MaxStaleness only", nil
 	}
 	return stateOK, "a replica announces what changes", nil
+}
+
+// checkOutbox looks for rows of the outbox that VACUUM cannot remove. They take room, and no time.
+func checkOutbox(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
+	var dead int64
+	var size string
+	var oldest *string
+	err = pool.QueryRow(ctx, `
+		SELECT n_dead_tup, pg_size_pretty(pg_total_relation_size(relid)), (
+			SELECT format('pid %s (%s, %s, for %s)', pid, coalesce(nullif(application_name, ''), 'no application_name'), state, date_trunc('second', now() - xact_start))
+			FROM pg_stat_activity WHERE xact_start < now() - interval '1 minute' ORDER BY xact_start LIMIT 1)
+		FROM pg_stat_user_tables WHERE relid = to_regclass('apikey_outbox')`).Scan(&dead, &size, &oldest)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return stateFault, "there is no apikey_outbox: run 'apikey migrate'", nil
+	case err != nil:
+		return "", "", err
+	case dead < manyDead:
+		return stateOK, size, nil
+	case oldest != nil:
+		return stateWarning, fmt.Sprintf("%s, %d dead rows: VACUUM cannot remove them while an older transaction is open: %s", size, dead, *oldest), nil
+	}
+	return stateWarning, fmt.Sprintf("%s, %d dead rows: is autovacuum off, or a prepared transaction or a replication slot old?", size, dead), nil
+}
+
+// manyDead is ten times as many rows as autovacuum waits for.
+const manyDead = 100_000
+
+// checkRights looks for rights with which a login could become owner of the tables.
+func checkRights(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
+	rows, err := pool.Query(ctx, `
+		SELECT 'FAULT', format('%s may EXECUTE %s, which has the rights of its owner: REVOKE it', coalesce(r.rolname, 'PUBLIC'), p.oid::regprocedure)
+		FROM pg_proc p CROSS JOIN aclexplode(coalesce(proacl, acldefault('f', proowner))) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+		WHERE pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('apikey_outbox')) AND proname LIKE 'apikey\_%' AND prosecdef
+			AND a.grantee <> proowner AND (a.grantee = 0 OR proname <> 'apikey_announce')
+		UNION ALL
+		SELECT 'warning', format('PUBLIC may CREATE in the schema %s: REVOKE CREATE ON SCHEMA %1$I FROM PUBLIC', nspname)
+		FROM pg_namespace CROSS JOIN aclexplode(nspacl) a
+		WHERE nspname = ANY (current_schemas(false)) AND a.grantee = 0 AND a.privilege_type = 'CREATE'
+		UNION ALL
+		SELECT 'warning', format('the functions have the rights of %s, who is superuser: let a role own them that owns the tables and may do nothing else', rolname)
+		FROM pg_proc p JOIN pg_roles r ON r.oid = proowner
+		WHERE p.oid = to_regprocedure('apikey_announce()') AND rolsuper`)
+	if err != nil {
+		return "", "", err
+	}
+	var details []string
+	var kind, text string
+	state = stateOK
+	_, err = pgx.ForEachRow(rows, []any{&kind, &text}, func() error {
+		if state != stateFault {
+			state = kind
+		}
+		details = append(details, text)
+		return nil
+	})
+	if len(details) == 0 {
+		details = []string{"nobody can become owner of the tables by way of these functions"}
+	}
+	return state, strings.Join(details, "; "), err
 }
 
 func examineRedis(ctx context.Context, redisURL string) []finding {

@@ -402,16 +402,24 @@ func TestDoctor(t *testing.T) {
 		{"nothing", `SELECT 1`, "", "", ""},
 		{"other tables", `DROP TABLE apikey_migrations; ALTER TABLE api_keys DROP COLUMN key_hash CASCADE`, "schema", stateFault, "a table api_keys already that is not of these migrations"},
 		{"not always", `ALTER TABLE api_keys ENABLE TRIGGER apikey_announce_update`, "triggers", stateWarning, "api_keys.apikey_announce_update do not fire for logical replication"},
-		{"no migration", `DELETE FROM apikey_migrations`, "schema", stateFault, "not applied: 0001_init.sql"},
+		{"no migration", `DELETE FROM apikey_migrations`, "schema", stateFault, "not applied: 0001_apikey.sql"},
 		{"another tool", `DROP TABLE apikey_migrations`, "schema", stateOK, "made by another tool"},
 		{"trigger disabled", `ALTER TABLE api_keys DISABLE TRIGGER apikey_announce_update`, "triggers", stateFault, "api_keys.apikey_announce_update is disabled"},
 		{"trigger missing", `DROP TRIGGER apikey_announce_truncate ON org_plans`, "triggers", stateFault, "org_plans.apikey_announce_truncate is missing"},
 		{
 			"column not announced", `DROP TRIGGER apikey_announce_update ON api_keys; CREATE TRIGGER apikey_announce_update AFTER UPDATE ON api_keys
-			FOR EACH ROW WHEN (OLD.active IS DISTINCT FROM NEW.active) EXECUTE FUNCTION apikey_announce_row('key')`,
+			FOR EACH ROW WHEN (OLD.active IS DISTINCT FROM NEW.active) EXECUTE FUNCTION apikey_announce_key()`,
 			"columns", stateFault, "api_keys.expires_at, api_keys.id, api_keys.key_hash, api_keys.org_id",
 		},
+		{"tier not announced", `DROP TRIGGER apikey_announce_insert_delete ON plan_catalogue`, "triggers", stateFault, "plan_catalogue.apikey_announce_insert_delete is missing"},
 		{"table gone", `ALTER TABLE org_plans RENAME TO o`, "lookups", stateFault, "does not exist"},
+		{"anybody may use the functions", `GRANT EXECUTE ON FUNCTION apikey_announce_key() TO PUBLIC`, "rights", stateFault, "PUBLIC may EXECUTE apikey_announce_key()"},
+		{"anybody may create", `GRANT CREATE ON SCHEMA public TO PUBLIC`, "rights", stateWarning, "PUBLIC may CREATE in the schema public"},
+		{"migrated by a superuser", `SELECT 1`, "rights", stateWarning, "who is superuser"},
+		{
+			"dead rows", `ALTER TABLE apikey_outbox SET (autovacuum_enabled = false); INSERT INTO apikey_outbox (kind, subject) SELECT 'plan', i FROM generate_series(1, 110000) i;
+			DELETE FROM apikey_outbox; SELECT pg_stat_force_next_flush()`, "outbox", stateWarning, "110000 dead rows",
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -433,7 +441,9 @@ func TestDoctor(t *testing.T) {
 			if c.check != "" && (i < 0 || findings[i].State != c.state || !strings.Contains(findings[i].Detail, c.want)) {
 				t.Errorf("%+v, want %s with %q", findings, c.check, c.want)
 			}
-			if c.check == "" && slices.ContainsFunc(findings, func(found finding) bool { return found.State != stateOK && found.Check != "announcer" }) {
+			if c.check == "" && slices.ContainsFunc(findings, func(found finding) bool {
+				return found.State != stateOK && found.Check != "announcer" && found.Check != "rights"
+			}) {
 				t.Errorf("%+v", findings)
 			}
 		})

@@ -229,7 +229,7 @@ func (w *wire) close() {
 func (w *wire) send(ctx context.Context) error {
 	lease := w.log.lease
 	// Sessions that begin at the same time need only one beat.
-	wait := rand.N(lease/40 + 1)
+	wait := rand.N(min(lease/40, readAtLeast) + 1)
 	for {
 		select {
 		case <-ctx.Done():
