@@ -2,17 +2,18 @@ package apikey
 
 import (
 	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/pg"
 )
 
 // What the tests look at that users do not.
 var (
-	KeySQL        = keySQL.both()
-	KeyAndPlanSQL = keyAndPlanSQL.both()
-	PlanSQL       = planSQL.both()
+	KeySQL        = both(keySQL)
+	KeyAndPlanSQL = both(keyAndPlanSQL)
+	PlanSQL       = both(planSQL)
 )
 
 // both are the statements for one subject, and for many.
-func (s lookupSQL) both() [2]string { return [2]string{s.one, s.many} }
+func both(l pg.Lookup) [2]string { return [2]string{l.One, l.Many} }
 
 // Log is what the cache knows of changes.
 func (c *Cache) Log() *feed.Log { return c.shared.Log }

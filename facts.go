@@ -33,7 +33,7 @@ type keyFacts struct {
 func (c *Cache) sources(keys KeyStore, plans PlanStore) (cachedKeys, cachedPlans) {
 	k := cachedKeys{c.keys, readthrough.NewStore(c.keys, keyReader(keys))}
 	if ours, ok := keys.(*PostgresKeyStore); ok {
-		if theirs, ok := plans.(*PostgresPlanStore); ok && sameDB(ours.db.DB, theirs.db.DB) {
+		if theirs, ok := plans.(*PostgresPlanStore); ok && sameDB(ours.db.DB(), theirs.db.DB()) {
 			k.store = readthrough.NewStore(c.keys, c.joinedReader(ours))
 		}
 	}

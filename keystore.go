@@ -13,12 +13,9 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey/internal/feed"
 	"github.com/trackpilots/apikey/internal/pg"
-	"github.com/trackpilots/apikey/internal/readthrough"
-	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
 // ErrNotFound is what a store returns if it was read and holds no such key or plan. Stores
@@ -93,38 +90,35 @@ type DB interface {
 
 // A PostgresKeyStore is a [BatchKeyStore] that reads the table api_keys of the migrations.
 // It is safe for concurrent use if its DB is. Package admin writes that table.
-type PostgresKeyStore struct{ db pg.OneTrip }
+type PostgresKeyStore struct{ db *pg.Reader }
 
 // NewPostgresKeyStore returns a key store that reads from db. It panics if db is nil.
 func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	if pg.IsNil(db) {
 		panic("apikey: NewPostgresKeyStore: db is nil: pass a *pgxpool.Pool")
 	}
-	return &PostgresKeyStore{pg.OneTrip{DB: db}}
+	return &PostgresKeyStore{pg.NewReader(db)}
 }
 
 // stampSQL are the first columns of a lookup: the snapshot, the server, the identity of
 // the tables, and the process that answers.
 const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL + `, ` + feed.OriginSQL + `, pg_catalog.pg_backend_pid()`
 
-// A lookupSQL is a statement that looks up one subject or many. It begins with stampSQL,
-// and returns a row even if nothing is found, so that "absent" has a stamp, too.
-type lookupSQL struct{ one, many string }
-
-// newLookupSQL returns the two forms of a statement in which $1 is the subject. A single
-// subject is not passed as an array: PostgreSQL assumes ten elements in any array, and
-// would plan the statement anew each time.
-func newLookupSQL(sql string) lookupSQL {
-	return lookupSQL{sql, strings.Replace(sql, "$1", "ANY($1)", 1)}
+// newLookup returns the statement that looks up one subject or many. It begins with stampSQL,
+// and returns a row even if nothing is found, so that "absent" has a stamp, too. $1 is the
+// subject. A single subject is not passed as an array: PostgreSQL assumes ten elements in any
+// array, and would plan the statement anew each time.
+func newLookup(sql string) pg.Lookup {
+	return pg.Lookup{One: sql, Many: strings.Replace(sql, "$1", "ANY($1)", 1)}
 }
 
 var (
-	keySQL = newLookupSQL(`
+	keySQL = newLookup(`
 SELECT ` + stampSQL + `, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at
 FROM (VALUES (1)) AS one
 LEFT JOIN api_keys k ON k.key_hash = $1`)
 
-	keyAndPlanSQL = newLookupSQL(`
+	keyAndPlanSQL = newLookup(`
 SELECT ` + stampSQL + `, k.key_hash, k.id::text, k.org_id, k.active, k.expires_at,
 	o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
@@ -149,7 +143,7 @@ func (s *PostgresKeyStore) Key(ctx context.Context, h KeyHash) (Key, error) {
 func (s *PostgresKeyStore) Keys(ctx context.Context, hashes []KeyHash) (map[KeyHash]Key, error) {
 	keys := make(map[KeyHash]Key, len(hashes))
 	var r keyRow
-	err := lookUp(ctx, s.db, keySQL, byteSlices(hashes), r.columns(), func() {
+	err := pg.LookUp(ctx, s.db, keySQL, byteSlices(hashes), r.columns(), func() {
 		if h, key, ok := r.key(); ok {
 			keys[h] = key
 		}
@@ -171,7 +165,7 @@ func (s *PostgresKeyStore) keysAndPlans(ctx context.Context, hashes []KeyHash) (
 	found := make(map[KeyHash]keyAndPlan, len(hashes))
 	var k keyRow
 	var p planRow
-	err := lookUp(ctx, s.db, keyAndPlanSQL, byteSlices(hashes), append(k.columns(), p.columns()...), func() {
+	err := pg.LookUp(ctx, s.db, keyAndPlanSQL, byteSlices(hashes), append(k.columns(), p.columns()...), func() {
 		if h, key, ok := k.key(); ok {
 			found[h] = keyAndPlan{key, p.plan()}
 		}
@@ -206,98 +200,3 @@ func byteSlices(hashes []KeyHash) [][]byte {
 	}
 	return slices
 }
-
-// lookUp runs sql for the subjects, reports the stamp, and calls each for every row. If
-// the pool has no free connection in time, the error is [readthrough.ErrBusy].
-func lookUp[S any](ctx context.Context, on pg.OneTrip, sql lookupSQL, subjects []S, columns []any, each func()) error {
-	db := on.DB
-	var conn *pgx.Conn // nil: not known
-	switch d := db.(type) {
-	case *pgxpool.Pool:
-		pooled, err := acquire(ctx, d)
-		if err != nil {
-			return err
-		}
-		defer pooled.Release()
-		db, conn = pooled, pooled.Conn()
-	case *pgx.Conn:
-		conn = d
-	case pgx.Tx:
-		conn = d.Conn()
-	}
-	statement, arg := sql.many, any(subjects)
-	if len(subjects) == 1 {
-		statement, arg = sql.one, subjects[0]
-	}
-	args := []any{pgx.QueryExecModeExec, arg}
-	if isUnpooled(conn) {
-		args = args[1:]
-	}
-	rows, err := db.Query(ctx, statement, args...)
-	if err != nil {
-		return err
-	}
-	var stamp string
-	var server snapshot.Server
-	var origin snapshot.Origin
-	var pid uint32
-	_, err = pgx.ForEachRow(rows, append([]any{&stamp, &server, &origin, &pid}, columns...), func() error {
-		each()
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if conn != nil && conn.PgConn().PID() == pid {
-		conn.PgConn().CustomData()[unpooledKey] = true
-	}
-	snapshot.ReportOrigin(ctx, origin)
-	if server == 0 {
-		snapshot.ReportStandby(ctx)
-		return nil
-	}
-	snapshot.Report(ctx, stamp, server)
-	return nil
-}
-
-// unpooledKey marks connections without a pooler in between.
-const unpooledKey = "github.com/trackpilots/apikey: without a pooler"
-
-// isUnpooled reports whether conn is known to lead to PostgreSQL itself: the process that
-// answers is the one that it was connected to. A pooler may run each statement on another
-// connection, where it is not prepared.
-func isUnpooled(conn *pgx.Conn) bool {
-	return conn != nil && conn.PgConn().CustomData()[unpooledKey] != nil
-}
-
-// acquire takes a connection from pool. If the server refuses further connections, it
-// waits for one that the pool already has.
-func acquire(ctx context.Context, pool *pgxpool.Pool) (*pgxpool.Conn, error) {
-	limited := false
-	for tries := 0; ; tries++ {
-		conn, err := pool.Acquire(ctx)
-		if err == nil {
-			return conn, nil
-		}
-		stat := pool.Stat()
-		e, refused := errors.AsType[*pgconn.PgError](err)
-		refused = refused && e.Code == tooManyConnections
-		limited = limited || refused
-		switch {
-		case ctx.Err() != nil && stat.AcquiredConns() > 0 && (limited || stat.AcquiredConns() >= stat.MaxConns()):
-			return nil, fmt.Errorf("%w: %w", readthrough.ErrBusy, err)
-		case !refused || ctx.Err() != nil || stat.TotalConns() == 0 || tries == maxTries:
-			return nil, err
-		}
-		select {
-		case <-time.After(waitForFree):
-		case <-ctx.Done():
-		}
-	}
-}
-
-const (
-	tooManyConnections = "53300" // SQLSTATE too_many_connections
-	waitForFree        = 5 * time.Millisecond
-	maxTries           = 200
-)

@@ -38,6 +38,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/trackpilots/apikey/internal/batch"
 	"github.com/trackpilots/apikey/internal/bearer"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/keyformat"
@@ -145,18 +146,22 @@ type (
 func (uncachedKeys) recall(KeyHash, clock.Instant) *readthrough.Record[keyFacts] { return nil }
 
 func (s uncachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error) {
-	rec := new(readthrough.Record[keyFacts])
-	var err error
-	rec.Value.Key, rec.Found, err = one(s.Key)(ctx, h)
+	rec, err := batch.Run(func() (rec *readthrough.Record[keyFacts], err error) {
+		rec = new(readthrough.Record[keyFacts])
+		rec.Value.Key, rec.Found, err = one(s.Key)(ctx, h)
+		return rec, err
+	})
 	return rec, SourceStore, err
 }
 
 func (uncachedPlans) recall(*keyFacts, clock.Instant) *readthrough.Record[Plan] { return nil }
 
 func (s uncachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error) {
-	rec := new(readthrough.Record[Plan])
-	var err error
-	rec.Value, rec.Found, err = one(s.Plan)(ctx, key.OrgID)
+	rec, err := batch.Run(func() (rec *readthrough.Record[Plan], err error) {
+		rec = new(readthrough.Record[Plan])
+		rec.Value, rec.Found, err = one(s.Plan)(ctx, key.OrgID)
+		return rec, err
+	})
 	return rec, SourceStore, err
 }
 

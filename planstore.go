@@ -76,17 +76,17 @@ func (f PlanStoreFunc) Plan(ctx context.Context, orgID string) (Plan, error) { r
 // A PostgresPlanStore is a [BatchPlanStore] that reads the tables org_plans and
 // plan_catalogue of the migrations. It is safe for concurrent use if its DB is. Package
 // admin writes these tables.
-type PostgresPlanStore struct{ db pg.OneTrip }
+type PostgresPlanStore struct{ db *pg.Reader }
 
 // NewPostgresPlanStore returns a plan store that reads from db. It panics if db is nil.
 func NewPostgresPlanStore(db DB) *PostgresPlanStore {
 	if pg.IsNil(db) {
 		panic("apikey: NewPostgresPlanStore: db is nil: pass a *pgxpool.Pool")
 	}
-	return &PostgresPlanStore{pg.OneTrip{DB: db}}
+	return &PostgresPlanStore{pg.NewReader(db)}
 }
 
-var planSQL = newLookupSQL(`
+var planSQL = newLookup(`
 SELECT ` + stampSQL + `, o.org_id, o.plan, o.status, c.api_access, o.ends_at
 FROM (VALUES (1)) AS one
 LEFT JOIN (org_plans o JOIN plan_catalogue c ON c.name = o.plan) ON o.org_id = $1`)
@@ -109,7 +109,7 @@ func (s *PostgresPlanStore) Plans(ctx context.Context, orgIDs []string) (map[str
 	plans := make(map[string]Plan, len(orgIDs))
 	var orgID *string
 	var r planRow
-	err := lookUp(ctx, s.db, planSQL, orgIDs, append([]any{&orgID}, r.columns()...), func() {
+	err := pg.LookUp(ctx, s.db, planSQL, orgIDs, append([]any{&orgID}, r.columns()...), func() {
 		if plan := r.plan(); plan != nil {
 			plans[*orgID] = *plan
 		}

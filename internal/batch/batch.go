@@ -1,27 +1,28 @@
-// Package batch collects concurrent lookups into batches. A lookup is sent at once, on the
-// caller's goroutine, while few batches are running. While many are running, lookups wait,
-// and the next batch takes all that wait. There is no timer, and no batch waits to be full:
-// batches become larger under load.
+// Package batch collects concurrent lookups into batches. A lookup is sent at once while few
+// batches are running. While many are running, lookups wait, and the next batch takes all that
+// wait. There is no timer, and no batch waits to be full: batches become larger under load.
 package batch
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/trackpilots/apikey/internal/outage"
 )
 
 // Errors of Do that are caused by other callers, and not by what is asked.
 var (
-	ErrFull   = errors.New("the queue is full")
-	ErrWaited = errors.New("the time was spent waiting in the queue")
+	ErrFull   = outage.New(outage.Busy, "the queue is full")
+	ErrWaited = outage.New(outage.Busy, "the time was spent waiting in the queue")
 )
 
-// ErrSilent is the error of Do if no batch was answered within the budget.
-var ErrSilent = errors.New("no answer came in time")
+// ErrSilent is the error of Do if the budget was spent waiting in the queue, and all batches
+// that ended meanwhile found an outage.
+var ErrSilent = outage.New(outage.Away, "the time was spent waiting for a store that is away")
 
 // Limits are the limits of a Batcher. All are at least 1.
 type Limits struct {
@@ -38,11 +39,17 @@ type Batcher[K, V any] struct {
 	run    func(ctx context.Context, keys []K) ([]V, error)
 	stats  *Stats
 
-	mu       sync.Mutex
-	running  int
-	queues   [2][]*waiter[K, V] // the preferred ones first; empty while running is below AtOnce
-	answered uint64             // number of batches that were answered
+	mu      sync.Mutex
+	running int
+	queues  [2][]*waiter[K, V] // the preferred ones first; empty while running is below AtOnce
+	ended   words
+	heard   chan struct{} // closed, and replaced, when a batch has ended
 }
+
+// words count what ended batches have found.
+type words struct{ away, other uint64 }
+
+func (w words) since(before words) words { return words{w.away - before.away, w.other - before.other} }
 
 // Stats counts keys that were not looked up. Several Batchers may share one.
 type Stats struct {
@@ -61,9 +68,9 @@ type waiter[K, V any] struct {
 
 // New returns a Batcher that calls run for each batch. run returns one value for each key,
 // in the same order, or an error for all of them. It must return when its context ends. If
-// it panics, that is an error.
+// it panics, or ends its goroutine, that is an error.
 func New[K, V any](limits Limits, stats *Stats, run func(ctx context.Context, keys []K) ([]V, error)) *Batcher[K, V] {
-	return &Batcher[K, V]{limits: limits, stats: stats, run: run}
+	return &Batcher[K, V]{limits: limits, stats: stats, run: run, heard: make(chan struct{})}
 }
 
 // Do looks up key, within the budget. The lookup starts after Do was called. Preferred keys
@@ -90,7 +97,7 @@ func (b *Batcher[K, V]) Do(key K, preferred bool) (V, error) {
 	}
 	w.queued, w.done = true, make(chan struct{})
 	b.queues[class] = append(b.queues[class], w)
-	answered := b.answered
+	before := b.ended
 	b.mu.Unlock()
 
 	budget := time.NewTimer(b.limits.Budget)
@@ -100,18 +107,40 @@ func (b *Batcher[K, V]) Do(key K, preferred bool) (V, error) {
 		return w.value, w.err
 	case <-budget.C:
 	}
-	var none V
+	return b.late(w, class, before)
+}
+
+// late returns the answer to a waiter whose budget is over: the word of the batches that he
+// has waited for. Those that were running when he came are at the end of their budgets, too,
+// so he waits a little for what they say.
+func (b *Batcher[K, V]) late(w *waiter[K, V], class int, before words) (none V, err error) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	if w.queued {
 		i := slices.Index(b.queues[class], w)
 		b.queues[class] = slices.Delete(b.queues[class], i, i+1)
 	}
-	if b.answered == answered {
-		return none, ErrSilent
+	patience := time.NewTimer(b.limits.Budget / 2)
+	defer patience.Stop()
+	for {
+		said, heard := b.ended.since(before), b.heard
+		b.mu.Unlock()
+		all := said.away+said.other >= uint64(b.limits.AtOnce)
+		if !all && said.other == 0 {
+			select {
+			case <-w.done:
+				return w.value, w.err
+			case <-heard:
+				b.mu.Lock()
+				continue
+			case <-patience.C:
+			}
+		}
+		if said.other == 0 && said.away > 0 {
+			return none, ErrSilent
+		}
+		b.stats.Waited.Add(1)
+		return none, ErrWaited
 	}
-	b.stats.Waited.Add(1)
-	return none, ErrWaited
 }
 
 // next is called when a batch has ended. If keys wait, it starts the next batch, on a new
@@ -144,14 +173,11 @@ func (b *Batcher[K, V]) ask(batch []*waiter[K, V]) {
 	for i, w := range batch {
 		keys[i] = w.key
 	}
-	values, err := b.guarded(keys)
+	ctx, cancel := context.WithTimeout(context.Background(), b.limits.Budget)
+	values, err := Run(func() ([]V, error) { return b.run(ctx, keys) })
+	cancel()
 	if err == nil && len(values) != len(keys) {
-		err = fmt.Errorf("%d values for %d keys", len(values), len(keys))
-	}
-	if err == nil {
-		b.mu.Lock()
-		b.answered++
-		b.mu.Unlock()
+		err = outage.As(outage.Ours, fmt.Errorf("%d values for %d keys", len(values), len(keys)))
 	}
 	for i, w := range batch {
 		if w.err = err; err == nil {
@@ -161,15 +187,13 @@ func (b *Batcher[K, V]) ask(batch []*waiter[K, V]) {
 			close(w.done)
 		}
 	}
-}
-
-func (b *Batcher[K, V]) guarded(keys []K) (values []V, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-		}
-	}()
-	ctx, cancel := context.WithTimeout(context.Background(), b.limits.Budget)
-	defer cancel()
-	return b.run(ctx, keys)
+	b.mu.Lock()
+	if outage.IsAway(err) {
+		b.ended.away++
+	} else {
+		b.ended.other++
+	}
+	close(b.heard)
+	b.heard = make(chan struct{})
+	b.mu.Unlock()
 }

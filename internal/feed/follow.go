@@ -23,7 +23,6 @@ const (
 // of its own, with the settings of pool but without its hooks. After any fault it starts a
 // new session.
 func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
-	defer log.asked.Store(0)
 	backoff := minBackoff
 	var logged time.Time // when the present outage was
 	for {

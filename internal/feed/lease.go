@@ -191,13 +191,6 @@ func (l *Log) Covers(snap snapshot.Snapshot) bool {
 	return v.session != nil && !v.mismatch && snap.Includes(v.session.first)
 }
 
-// Silent reports whether the server has not answered the session for d, or not accepted its
-// connection. It returns false if there is no session.
-func (l *Log) Silent(d time.Duration) bool {
-	asked := l.asked.Load()
-	return asked != 0 && time.Since(began)-time.Duration(asked) >= d
-}
-
 // Vouched reports whether a session vouches at now for a record in cell that was read in snap:
 // all changes that snap has not seen are known, up to less than a lease ago, or half a lease
 // if strict.

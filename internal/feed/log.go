@@ -31,7 +31,6 @@ type Log struct {
 	logger   *slog.Logger
 	epochs   [cells]atomic.Uint32
 	vouching atomic.Pointer[vouching]
-	asked    atomic.Int64  // when the session asked what is not answered yet, since began; 0: all is answered
 	lastRead atomic.Int64  // when a store last read from the session's server, since began
 	live     chan struct{} // closed when a session has been live
 	goesLive sync.Once

@@ -110,12 +110,10 @@ func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
-	log.asked.CompareAndSwap(0, int64(time.Since(began)))
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
-	log.asked.Store(0)
 	w, err := begin(ctx, conn, log)
 	if err != nil {
 		_ = conn.Close(ctx)
@@ -302,7 +300,6 @@ func (w *wire) query(sql string, asked clock.Instant) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.asked = append(w.asked, asked)
-	w.log.asked.CompareAndSwap(0, int64(time.Since(began)))
 	w.conn.Frontend.Send(&pgproto3.Query{String: sql})
 	if err := w.conn.Conn.SetWriteDeadline(time.Now().Add(w.log.lease)); err != nil {
 		return err
@@ -330,7 +327,6 @@ func (w *wire) receive() error {
 	w.mu.Lock()
 	w.answered = time.Now()
 	w.mu.Unlock()
-	w.log.asked.Store(0)
 	switch m := message.(type) {
 	case *pgproto3.NotificationResponse:
 		if m.Channel == Channel {

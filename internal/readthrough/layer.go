@@ -3,7 +3,6 @@ package readthrough
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -12,6 +11,7 @@ import (
 	"github.com/trackpilots/apikey/internal/breaker"
 	"github.com/trackpilots/apikey/internal/clock"
 	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/outage"
 	"github.com/trackpilots/apikey/internal/sealed"
 	"github.com/trackpilots/apikey/internal/shared"
 	"github.com/trackpilots/apikey/internal/snapshot"
@@ -135,9 +135,9 @@ func (l *Layer[S, V]) Fetch(ctx context.Context, subject S, known *Record[V], st
 		}
 		call, first := l.calls.Join(subject)
 		if first {
-			rec, source, err := l.load(subject, known, store)
-			l.calls.Answer(subject, call, answer[V]{rec, source}, err)
-			return rec, source, err
+			got, err := batch.Run(func() (answer[V], error) { return l.load(subject, known, store) })
+			l.calls.Answer(subject, call, got, err)
+			return got.rec, got.source, err
 		}
 		select {
 		case <-call.Done:
@@ -156,65 +156,50 @@ func (l *Layer[S, V]) Fetch(ctx context.Context, subject S, known *Record[V], st
 	}
 }
 
-// load makes one lookup. It must not panic, since others wait for it.
-func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (rec *Record[V], source Source, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			rec, source, err = nil, "", fmt.Errorf("apikey: panic in a lookup: %v", p)
-		}
-	}()
+// load makes one lookup.
+func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (answer[V], error) {
 	inMemory := l.peek(subject)
 	if inMemory != nil && l.Usable(subject, inMemory, clock.At(time.Now())) { // another call has just ended
-		return inMemory, Memory, nil
+		return answer[V]{inMemory, Memory}, nil
 	}
 	name := l.kind.Name(subject)
 	inRedis, usable := l.get(subject, name, store)
 	if usable {
 		l.remember(subject, inRedis)
-		return inRedis, Redis, nil
+		return answer[V]{inRedis, Redis}, nil
 	}
 	known = later(inMemory, known)
 	latest := later(known, inRedis)
 	read, err := store.batches.Do(subject, latest != nil && latest.Found)
 	if err != nil {
-		if !l.unreadable(err, store) || latest == nil || !l.usableIfError(subject, latest, clock.At(time.Now())) {
-			return nil, "", err
+		l.count(err)
+		if !outage.IsAway(err) || latest == nil || !l.usableIfError(subject, latest, clock.At(time.Now())) {
+			return answer[V]{}, err
 		}
 		l.shared.Stats.StaleUses.Add(1)
 		l.remember(subject, latest)
-		return latest, Stale, nil
+		return answer[V]{latest, Stale}, nil
 	}
 	l.compare(subject, known, read.rec)
 	l.remember(subject, read.rec)
 	if read.rec.Found {
 		l.shared.Redis.Set(name, l.encode(read))
 	}
-	return read.rec, Database, nil
+	return answer[V]{read.rec, Database}, nil
 }
 
-// unreadable counts the error of a lookup, and reports whether the store cannot be read: the
-// server or the network has failed or does not answer. A full queue or a busy pool is not
-// such an outage, or else whoever causes load could keep a revoked key alive. But an outage
-// may be the reason for these.
-func (l *Layer[S, V]) unreadable(err error, store *Store[S, V]) bool {
-	stats, budget := &l.shared.Stats, l.shared.Batches.Budget
-	outage := func() bool {
-		return store.failing(clock.At(time.Now()), 2*budget+breaker.For) || l.shared.Log.Silent(budget)
-	}
+// count counts the error of a lookup.
+func (l *Layer[S, V]) count(err error) {
+	stats := &l.shared.Stats
 	switch {
-	case errors.Is(err, batch.ErrWaited): // counted there
-		return false
-	case errors.Is(err, batch.ErrFull):
-		return outage()
-	case errors.Is(err, ErrBusy):
-		stats.Busy.Add(1)
-		return outage()
+	case errors.Is(err, batch.ErrWaited), errors.Is(err, batch.ErrFull): // counted there
 	case breaker.Skipped(err):
 		stats.Skipped.Add(1)
+	case outage.Of(err) == outage.Busy:
+		stats.Busy.Add(1)
 	default:
 		stats.Errors.Add(1)
 	}
-	return true
 }
 
 // compare looks for a change that was not announced: read differs from old, which no

@@ -2,7 +2,6 @@ package readthrough
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -10,6 +9,7 @@ import (
 	"github.com/trackpilots/apikey/internal/batch"
 	"github.com/trackpilots/apikey/internal/breaker"
 	"github.com/trackpilots/apikey/internal/clock"
+	"github.com/trackpilots/apikey/internal/outage"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
@@ -25,15 +25,11 @@ const (
 	maxAbandoned = 64
 )
 
-// ErrBusy is the error of a lookup that found no free connection. The server may be well.
-var ErrBusy = errors.New("all connections are in use")
-
 // A Store reads facts from a store: in batches, few at a time, and not for a while after it
 // has failed.
 type Store[S comparable, V any] struct {
 	batches *batch.Batcher[S, reading[V]]
 	adopt   func(*Record[V])
-	failed  *atomic.Int64 // when it last failed, as clock.Instant.UnixNano; 0 after a success
 	origin  *atomic.Int64 // the snapshot.Origin of what it last read
 	stamps  bool          // it reports origins
 }
@@ -49,12 +45,6 @@ type reading[V any] struct {
 func (s *Store[S, V]) owns(origin snapshot.Origin) (owns, known bool) {
 	own := snapshot.Origin(s.origin.Load())
 	return own == origin, own != 0 || origin == 0 && !s.stamps
-}
-
-// failing reports whether the store has failed within the last d, without a success since.
-func (s *Store[S, V]) failing(now clock.Instant, d time.Duration) bool {
-	failed := s.failed.Load()
-	return failed != 0 && now.UnixNano()-failed < int64(d)
 }
 
 // A Reader reads facts of type F. One and Many report stamps: see [snapshot.Report].
@@ -85,12 +75,19 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	}
 	var fault atomic.Value // string: why the last lookup failed
 	fault.Store("")
-	guard := breaker.New[[]reading[V]](breakAfter, func(err error) bool { return errors.Is(err, ErrBusy) },
+	var word atomic.Int64              // the outage.Class of the last batch that was sent and failed
+	noOutage := func(err error) bool { // called for each batch that was sent
+		if err != nil {
+			word.Store(int64(outage.Of(err)))
+		}
+		return err != nil && !outage.IsAway(err)
+	}
+	guard := breaker.New(breakAfter, noOutage,
 		func() {
 			l.shared.Logger.Warn("apikey: a store is not asked, since it failed several times in a row", "store", r.Name, "error", fault.Load())
 		},
 		func() { l.shared.Logger.Info("apikey: a store is asked again", "store", r.Name) })
-	failed, origin := new(atomic.Int64), new(atomic.Int64)
+	origin := new(atomic.Int64)
 	read := func(ctx context.Context, subjects []S) ([]reading[V], error) {
 		stats.Batches.Add(1)
 		stats.Reads.Add(uint64(len(subjects)))
@@ -120,19 +117,16 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	}
 	return &Store[S, V]{
 		adopt:  r.Adopt,
-		failed: failed,
 		origin: origin,
 		stamps: r.Trusted,
 		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]reading[V], error) {
-			readings, err := guard.Execute(func() ([]reading[V], error) { return read(ctx, subjects) })
-			switch {
-			case err == nil:
-				failed.Store(0)
-			case !errors.Is(err, ErrBusy):
-				failed.Store(time.Now().UnixNano())
-			}
+			readings, err := breaker.Do(guard, func() ([]reading[V], error) { return read(ctx, subjects) })
 			if breaker.Skipped(err) {
-				err = fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breaker.For, err)
+				class := outage.Away
+				if breaker.Trying(err) {
+					class = outage.Class(word.Load())
+				}
+				err = outage.As(class, fmt.Errorf("apikey: the store failed %d times in a row and is not asked for %v: %w", breakAfter, breaker.For, err))
 			}
 			return readings, err
 		}),
@@ -140,35 +134,22 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 }
 
 // abandonable wraps many so that it returns when its context ends, even if the store does
-// not. Such a lookup is counted until the store returns.
+// not. Such a lookup is counted until the store returns. While too many have not returned,
+// which have all had their time, the store is away.
 func abandonable[S comparable, F any](stats *Stats, many func(context.Context, []S) (map[S]F, error)) func(context.Context, []S) (map[S]F, error) {
-	type answer struct {
-		facts map[S]F
-		err   error
-	}
 	return func(ctx context.Context, subjects []S) (map[S]F, error) {
 		if n := stats.Abandoned.Load(); n >= maxAbandoned {
 			return nil, fmt.Errorf("apikey: the store has not returned from %d lookups: it must honour its context", n)
 		}
-		answers := make(chan answer, 1)
-		go func() {
-			var a answer
-			defer func() {
-				if p := recover(); p != nil {
-					a = answer{err: fmt.Errorf("apikey: the store panicked: %v", p)}
-				}
-				answers <- a
-			}()
-			a.facts, a.err = many(ctx, subjects)
-		}()
+		answers := batch.Start(func() (map[S]F, error) { return many(ctx, subjects) })
 		select {
 		case a := <-answers:
-			return a.facts, a.err
+			return a.Value, a.Err
 		case <-ctx.Done():
 		}
 		select { // a store that honours its context is about to return
 		case a := <-answers:
-			return a.facts, a.err
+			return a.Value, a.Err
 		case <-time.After(time.Millisecond):
 		}
 		stats.Abandoned.Add(1)

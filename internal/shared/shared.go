@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
-	"github.com/sony/gobreaker/v2"
 
 	"github.com/trackpilots/apikey/internal/batch"
 	"github.com/trackpilots/apikey/internal/breaker"
@@ -49,7 +48,7 @@ type Records struct {
 	sealer  *sealed.Sealer
 	limits  batch.Limits
 	ttl     time.Duration
-	breaker *gobreaker.CircuitBreaker[[]reply]
+	breaker *breaker.Breaker
 	gets    *batch.Batcher[string, reply]
 	stats   Stats
 
@@ -84,7 +83,7 @@ type record struct {
 // New returns the Records in rdb, which are sealed by sealer and live for ttl.
 func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration, logger *slog.Logger) *Records {
 	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl}
-	r.breaker = breaker.New[[]reply](breakAfter, nil,
+	r.breaker = breaker.New(breakAfter, nil,
 		func() {
 			logger.Warn("apikey: Redis is not used, since it failed several times in a row", "error", r.Fault())
 		},
@@ -134,7 +133,7 @@ func (r *Records) Get(name string) ([]byte, error) {
 }
 
 func (r *Records) getBatch(ctx context.Context, names []string) ([]reply, error) {
-	return r.breaker.Execute(func() ([]reply, error) {
+	return breaker.Do(r.breaker, func() ([]reply, error) {
 		r.stats.Batches.Add(1)
 		r.stats.Gets.Add(uint64(len(names)))
 		cmds := make([]*redis.StringCmd, len(names))
@@ -218,44 +217,43 @@ func (r *Records) write() {
 			r.mu.Unlock()
 			return
 		}
-		batch := r.pending[:n:n]
+		records := r.pending[:n:n]
 		r.pending = r.pending[n:]
 		r.mu.Unlock()
-		r.setBatch(batch)
+		r.setBatch(records)
 	}
 }
 
-func (r *Records) setBatch(batch []record) {
-	defer func() {
-		if recover() != nil { // a hook of the client must not end the process
-			r.stats.Errors.Add(uint64(len(batch)))
-		}
-	}()
-	_, err := r.breaker.Execute(func() ([]reply, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), r.limits.Budget)
-		defer cancel()
-		pipe := r.rdb.Pipeline()
-		for _, rec := range batch {
-			pipe.Set(ctx, rec.name, r.sealer.Seal(rec.name, rec.body), r.ttl)
-		}
-		cmds, err := pipe.Exec(ctx)
-		failed := 0
-		for _, cmd := range cmds {
-			if cmd.Err() != nil {
-				failed++
+func (r *Records) setBatch(records []record) {
+	failed := len(records) // if a hook of the client panics, or ends its goroutine
+	_, err := batch.Run(func() (struct{}, error) {
+		return breaker.Do(r.breaker, func() (none struct{}, err error) {
+			ctx, cancel := context.WithTimeout(context.Background(), r.limits.Budget)
+			defer cancel()
+			pipe := r.rdb.Pipeline()
+			for _, rec := range records {
+				pipe.Set(ctx, rec.name, r.sealer.Seal(rec.name, rec.body), r.ttl)
 			}
-		}
-		if err != nil && failed == 0 { // not sent at all
-			failed = len(batch)
-		}
-		r.stats.Errors.Add(uint64(failed))
-		if failed < len(batch) {
-			return nil, nil
-		}
-		r.failed(err, batch[0].name)
-		return nil, err
+			cmds, err := pipe.Exec(ctx)
+			bad := 0
+			for _, cmd := range cmds {
+				if cmd.Err() != nil {
+					bad++
+				}
+			}
+			if err == nil || bad > 0 { // else it was not sent at all
+				failed = bad
+			}
+			if failed < len(records) {
+				return none, nil
+			}
+			r.failed(err, records[0].name)
+			return none, err
+		})
 	})
 	if breaker.Skipped(err) {
-		r.stats.Skipped.Add(uint64(len(batch)))
+		r.stats.Skipped.Add(uint64(len(records)))
+		return
 	}
+	r.stats.Errors.Add(uint64(failed))
 }

@@ -1,0 +1,107 @@
+package pg
+
+import (
+	"context"
+	"errors"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/trackpilots/apikey/internal/snapshot"
+)
+
+// A Reader looks up rows. It is safe for concurrent use if its DB is.
+type Reader struct {
+	db    DB
+	asker asker
+}
+
+// NewReader returns a Reader of db.
+func NewReader(db DB) *Reader { return &Reader{db: db} }
+
+// DB returns what it reads from.
+func (r *Reader) DB() DB { return r.db }
+
+// A Lookup is a statement that looks up the subject $1, and one for many subjects. The first
+// columns are a snapshot, the [snapshot.Server], the [snapshot.Origin], and the process that
+// answers.
+type Lookup struct{ One, Many string }
+
+// LookUp looks up the subjects, reports the stamp, and calls each for every row, with the
+// columns set; if a statement has to be run again, it may do so twice for a row. The class of
+// the error says whether it is an outage: see package outage.
+func LookUp[S any](ctx context.Context, r *Reader, l Lookup, subjects []S, columns []any, each func()) error {
+	asked := r.asker.begin(ctx, r.db)
+	defer asked.end()
+	db := r.db
+	var conn *pgx.Conn // nil: not known
+	switch d := db.(type) {
+	case *pgxpool.Pool:
+		pooled, err := acquire(ctx, d)
+		if err != nil {
+			return asked.judge(err)
+		}
+		defer pooled.Release()
+		db, conn = pooled, pooled.Conn()
+	case *pgx.Conn:
+		conn = d
+	case pgx.Tx:
+		conn = d.Conn()
+	}
+	asked.connected()
+	statement, arg := l.Many, any(subjects)
+	if len(subjects) == 1 {
+		statement, arg = l.One, subjects[0]
+	}
+	var stamp string
+	var server snapshot.Server
+	var origin snapshot.Origin
+	var pid uint32
+	columns = append([]any{&stamp, &server, &origin, &pid}, columns...)
+	query := func(args ...any) error {
+		rows, err := db.Query(ctx, statement, args...)
+		if err != nil {
+			return err
+		}
+		_, err = pgx.ForEachRow(rows, columns, func() error { each(); return nil })
+		return err
+	}
+	var err error
+	if isUnpooled(conn) {
+		err = query(arg)
+	}
+	if !isUnpooled(conn) || isStale(err) && conn.PgConn().TxStatus() == 'I' {
+		err = query(pgx.QueryExecModeExec, arg)
+	}
+	if err != nil {
+		return asked.judge(err)
+	}
+	if conn != nil && conn.PgConn().PID() == pid {
+		conn.PgConn().CustomData()[unpooledKey] = true
+	}
+	snapshot.ReportOrigin(ctx, origin)
+	if server == 0 {
+		snapshot.ReportStandby(ctx)
+		return nil
+	}
+	snapshot.Report(ctx, stamp, server)
+	return nil
+}
+
+// isStale reports whether err is that of a prepared statement which cannot be used any longer.
+// pgx forgets such a statement, and prepares it anew the next time.
+func isStale(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (e.Code == "0A000" || e.Code == "26000" || e.Code == "42P05")
+}
+
+// unpooledKey marks connections without a pooler in between.
+const unpooledKey = "github.com/trackpilots/apikey: without a pooler"
+
+// isUnpooled reports whether conn is known to lead to PostgreSQL itself: the process that
+// answers is the one that it was connected to. A pooler may run each statement on another
+// connection, where it is not prepared.
+func isUnpooled(conn *pgx.Conn) bool {
+	return conn != nil && conn.PgConn().CustomData()[unpooledKey] != nil
+}
