@@ -56,7 +56,7 @@ func newLayer(t *testing.T, one func(ctx context.Context, subject uint64) (strin
 		Batches: limits,
 		Logger:  logger,
 	}
-	layer := NewLayer(s, facts, 100, 100)
+	layer := NewLayer(s, facts, 1000, 1000)
 	return layer, NewStore(layer, Reader[uint64, string, string]{
 		Name: "facts", One: one, Trusted: true, Fill: func(rec *Record[string], word string) { rec.Value = word },
 	})
