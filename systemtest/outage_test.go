@@ -172,6 +172,7 @@ func TestFrozenForMany(t *testing.T) {
 					defer conn.Release()
 				}
 				proxy.Set(t, testservers.Frozen)
+				defer proxy.Set(t, testservers.Healthy) // or else it takes long to close
 				time.Sleep(2 * maxStaleness)
 				total := map[string]int{}
 				for range 12 {

@@ -217,9 +217,9 @@ func RedisAt(tb testing.TB, url string) *redis.Client {
 	return rdb
 }
 
-// PgBouncer returns the URL of databaseURL behind a PgBouncer in transaction mode,
-// which is stopped when the test ends.
-func PgBouncer(tb testing.TB, databaseURL string) string {
+// PgBouncer returns the URL of databaseURL behind a PgBouncer in transaction mode, with
+// further settings. It is stopped when the test ends.
+func PgBouncer(tb testing.TB, databaseURL string, settings ...string) string {
 	tb.Helper()
 	binary, err := localserver.Find("pgbouncer")
 	if err != nil {
@@ -244,7 +244,8 @@ unix_socket_dir = %s
 listen_port = 6432
 auth_type = any
 pool_mode = transaction
-`, db.Host, db.Port, db.User, password, dir)
+%s
+`, db.Host, db.Port, db.User, password, dir, strings.Join(settings, "\n"))
 	file := filepath.Join(dir, "pgbouncer.ini")
 	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
 		tb.Fatal(err)
