@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -59,39 +60,60 @@ type asker struct {
 // A question is whether the server is there.
 type question struct {
 	deadline time.Time
-	answered chan struct{} // closed when at and err may be read
+	answered chan struct{} // closed when the fields below may be read
 	at       time.Time
 	err      error // nil: it is
 }
 
+// ask returns the question that is being asked, or was answered well since began, or else a
+// new one, which is given up at a deadline.
+func (a *asker) ask(began, deadline time.Time, pool *pgxpool.Pool) *question {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if q := a.latest; q != nil {
+		select {
+		case <-q.answered:
+			if q.err == nil && q.at.After(began) {
+				return q
+			}
+		default:
+			return q
+		}
+	}
+	q := &question{deadline: deadline, answered: make(chan struct{})}
+	a.latest = q
+	go func() {
+		ctx, cancel := context.WithDeadline(context.Background(), deadline)
+		defer cancel()
+		_, q.err = batch.Run(func() (struct{}, error) { return struct{}{}, connectOnce(ctx, pool) })
+		q.at = time.Now()
+		close(q.answered)
+	}()
+	return q
+}
+
 // An asking belongs to one lookup.
 type asking struct {
-	asker   *asker
-	ctx     context.Context
-	began   time.Time
-	patient time.Duration // what is left of the budget then is nearly all of it
-	sent    time.Time     // when the statement was; zero: it was not
-	timer   *time.Timer   // nil: there is nobody to ask
+	ctx      context.Context
+	began    time.Time
+	sent     time.Time                // when the statement was; zero: it was not
+	patient  time.Duration            // what is left of the time after that is nearly the whole
+	timer    *time.Timer              // nil: there is nobody to ask
+	question atomic.Pointer[question] // nil: the server was not asked
 }
 
 // begin is called when a lookup begins. If it has no connection when a quarter of its time is
 // over, the server is asked.
 func (a *asker) begin(ctx context.Context, db DB) *asking {
-	s := &asking{asker: a, ctx: ctx, began: time.Now()}
+	s := &asking{ctx: ctx, began: time.Now()}
 	deadline, limited := ctx.Deadline()
 	pool, pooled := db.(*pgxpool.Pool)
 	if !limited || !pooled {
 		return s
 	}
-	s.patient = time.Until(deadline) / 4
-	s.timer = time.AfterFunc(s.patient, func() { a.ask(s.began, deadline, pool) })
+	s.patient = deadline.Sub(s.began) / 4
+	s.timer = time.AfterFunc(s.patient, func() { s.question.Store(a.ask(s.began, deadline, pool)) })
 	return s
-}
-
-func (s *asking) end() {
-	if s.timer != nil {
-		s.timer.Stop()
-	}
 }
 
 // connected is called when the lookup has a connection.
@@ -105,6 +127,13 @@ func (s *asking) connected() {
 // atOnce reports whether the statement had nearly the whole time.
 func (s *asking) atOnce() bool { return !s.sent.IsZero() && s.sent.Sub(s.began) < s.patient }
 
+// end is called when the lookup ends.
+func (s *asking) end() {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+}
+
 // judge returns err with its class. A deadline is an outage only if the server was silent for
 // nearly the whole time: the statement was sent at once, or the server did not let us connect
 // when it was asked.
@@ -113,16 +142,14 @@ func (s *asking) judge(err error) error {
 	if !late || s.timer == nil || s.atOnce() {
 		return err
 	}
-	s.asker.mu.Lock()
-	q := s.asker.latest
-	s.asker.mu.Unlock()
+	q := s.question.Load()
 	if q == nil {
 		return outage.As(outage.Busy, err)
 	}
 	class := outage.Busy
 	select {
 	case <-q.answered:
-		if q.err != nil && q.at.After(s.began) {
+		if q.err != nil {
 			class = outage.Of(q.err)
 		}
 	default:
@@ -131,32 +158,6 @@ func (s *asking) judge(err error) error {
 		}
 	}
 	return outage.As(class, err)
-}
-
-// ask asks whether the server of pool is there, up to a deadline, unless it is being asked,
-// or was since began.
-func (a *asker) ask(began, deadline time.Time, pool *pgxpool.Pool) {
-	q := &question{deadline: deadline, answered: make(chan struct{})}
-	a.mu.Lock()
-	if latest := a.latest; latest != nil {
-		select {
-		case <-latest.answered:
-		default:
-			a.mu.Unlock()
-			return
-		}
-		if latest.at.After(began) && latest.err == nil {
-			a.mu.Unlock()
-			return
-		}
-	}
-	a.latest = q
-	a.mu.Unlock()
-	ctx, cancel := context.WithDeadline(context.Background(), deadline)
-	defer cancel()
-	_, q.err = batch.Run(func() (struct{}, error) { return struct{}{}, connectOnce(ctx, pool) })
-	q.at = time.Now()
-	close(q.answered)
 }
 
 // connectOnce connects with the settings of pool, without its hooks except for BeforeConnect,

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -267,6 +268,86 @@ func TestClasses(t *testing.T) {
 				t.Errorf("%v, which is %v; want %v that says %q", err, class, c.want, c.says)
 			}
 		})
+	}
+}
+
+// TestHungHook: a hook that hangs for ever when the server is asked is asked no more, and says
+// nothing of the server.
+func TestHungHook(t *testing.T) {
+	t.Parallel()
+	url, _ := newWords(t)
+	config, err := pgxpool.ParseConfig(url + "&pool_max_conns=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangs := make(chan struct{})
+	var connects atomic.Int64
+	config.BeforeConnect = func(context.Context, *pgx.ConnConfig) error {
+		if connects.Add(1) > 1 {
+			<-hangs
+		}
+		return nil
+	}
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	keep(t, pool)
+	r := pg.NewReader(pool)
+	for i := range 3 {
+		if _, class, err := look(r); err == nil || i > 0 && class != outage.Busy {
+			t.Errorf("%v, which is %v", err, class)
+		}
+	}
+	if n := connects.Load(); n != 2 {
+		t.Errorf("connected %d times, want 2", n)
+	}
+	close(hangs)
+}
+
+// TestManyAsk: the server is asked once for all who wait.
+func TestManyAsk(t *testing.T) {
+	t.Parallel()
+	url, owner := newWords(t)
+	config, err := pgxpool.ParseConfig(url + "&pool_max_conns=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var connects atomic.Int64
+	config.BeforeConnect = func(context.Context, *pgx.ConnConfig) error { connects.Add(1); return nil }
+	pool, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	conn := keep(t, pool)[0]
+	r := pg.NewReader(pool)
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			if _, class, err := look(r); err == nil || class != outage.Busy {
+				t.Errorf("%v, which is %v", err, class)
+			}
+		})
+	}
+	wg.Wait()
+	if n := connects.Load(); n != 2 {
+		t.Errorf("connected %d times, want 2", n)
+	}
+
+	conn.Release()
+	for range 2 { // the second time by a prepared statement
+		if found, _, err := look(r); found != "good" || err != nil {
+			t.Errorf("found %q, %v", found, err)
+		}
+	}
+	testservers.Exec(t, owner, `ALTER TABLE words ALTER COLUMN word TYPE varchar(9)`)
+	if found, _, err := look(r); found != "good" || err != nil {
+		t.Errorf("of another type: found %q, %v", found, err)
+	}
+	if n := connects.Load(); n != 2 {
+		t.Errorf("connected %d times, want no more", n)
 	}
 }
 
