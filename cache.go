@@ -165,7 +165,7 @@ type CacheStats struct {
 	StoreSkipped   uint64 // lookups not made, because the store failed several times in a row
 	QueueFull      uint64 // lookups not made, because MaxQueue others waited (for Redis: a miss)
 	QueueTimeouts  uint64 // lookups that waited in the queue until their time was over
-	StoreBusy      uint64 // lookups that found all connections of the pool in use
+	StoreBusy      uint64 // lookups that found no place: all connections of the pool in use, or no room on the server
 	StoreAbandoned uint64 // lookups that stores have not returned from although their time is over; not a counter
 	StaleUses      uint64 // lookups answered with facts that are out of date, because the store could not be read
 
