@@ -146,7 +146,7 @@ type (
 func (uncachedKeys) recall(KeyHash, clock.Instant) *readthrough.Record[keyFacts] { return nil }
 
 func (s uncachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record[keyFacts], Source, error) {
-	rec, err := batch.Run(func() (rec *readthrough.Record[keyFacts], err error) {
+	rec, err := apart(func() (rec *readthrough.Record[keyFacts], err error) {
 		rec = new(readthrough.Record[keyFacts])
 		rec.Value.Key, rec.Found, err = one(s.Key)(ctx, h)
 		return rec, err
@@ -157,12 +157,26 @@ func (s uncachedKeys) fetch(ctx context.Context, h KeyHash) (*readthrough.Record
 func (uncachedPlans) recall(*keyFacts, clock.Instant) *readthrough.Record[Plan] { return nil }
 
 func (s uncachedPlans) fetch(ctx context.Context, key *keyFacts) (*readthrough.Record[Plan], Source, error) {
-	rec, err := batch.Run(func() (rec *readthrough.Record[Plan], err error) {
+	rec, err := apart(func() (rec *readthrough.Record[Plan], err error) {
 		rec = new(readthrough.Record[Plan])
 		rec.Value, rec.Found, err = one(s.Plan)(ctx, key.OrgID)
 		return rec, err
 	})
 	return rec, SourceStore, err
+}
+
+// apart calls look on a goroutine of its own, which a store may end. If look panics, so does
+// apart: without a cache that is for the server to log.
+func apart[T any](look func() (T, error)) (T, error) {
+	var panicked any
+	value, err := batch.Run(func() (T, error) {
+		defer func() { panicked = recover() }()
+		return look()
+	})
+	if panicked != nil {
+		panic(panicked)
+	}
+	return value, err
 }
 
 // New returns a Middleware that uses the two stores. opts may be nil. New panics if a

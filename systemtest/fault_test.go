@@ -57,6 +57,7 @@ type outage struct {
 	name        string
 	begin, end  func(t testing.TB, rg *rig)
 	reads       bool // the server answers reads all the same
+	rejects     bool // it is there, and rejects what it is asked: no outage
 	feedSurvive bool // what is known stays vouched for
 	kills       bool // it needs a server of the test's own
 }
@@ -116,7 +117,7 @@ func postgresOutages() []outage {
 	}
 	return append(networkOutages(func(rg *rig) *testservers.Proxy { return rg.postgres }),
 		outage{
-			name: "erroring", feedSurvive: true,
+			name: "erroring", feedSurvive: true, rejects: true,
 			begin: sql(`ALTER TABLE api_keys RENAME TO a; ALTER TABLE org_plans RENAME TO o`),
 			end:   sql(`ALTER TABLE a RENAME TO api_keys; ALTER TABLE o RENAME TO org_plans`),
 		},
@@ -162,11 +163,11 @@ func (k keyKind) whenWell() string {
 }
 
 // wanted is the answer in an outage once all that was fresh has grown old.
-func (k keyKind) wanted(redisReads, postgresReads, feedLive bool) string {
+func (k keyKind) wanted(redisReads, postgresReads, rejects, feedLive bool) string {
 	switch {
 	case postgresReads:
 		return k.whenWell()
-	case k == inMemory, k == inRedis && redisReads, (k == dead || k == unpaid) && feedLive:
+	case k == inMemory, k == inRedis && redisReads && !rejects, (k == dead || k == unpaid) && feedLive:
 		return k.whenWell()
 	}
 	return world.Unavailable
@@ -250,7 +251,7 @@ func runOutage(t *testing.T, r, p outage) {
 		}
 	}
 	for _, k := range keyKinds {
-		if want := k.wanted(r.reads, p.reads, p.feedSurvive); last[k] != want {
+		if want := k.wanted(r.reads, p.reads, p.rejects, p.feedSurvive); last[k] != want {
 			t.Errorf("%s: answered %q in the end, want %q", k, last[k], want)
 		}
 		if slowest[k] > patience {

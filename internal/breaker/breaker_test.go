@@ -49,7 +49,7 @@ func TestWhoTriesEnds(t *testing.T) {
 				}
 				time.Sleep(breaker.For + time.Millisecond)
 				release := make(chan struct{})
-				go do(func() (int, error) { <-release; return end() })
+				go func() { _, _ = do(func() (int, error) { <-release; return end() }) }()
 				synctest.Wait()
 				if _, err := do(end); !breaker.Skipped(err) || !breaker.Trying(err) {
 					t.Errorf("%v, want it skipped while another one tries", err)
