@@ -255,7 +255,11 @@ func TestClasses(t *testing.T) {
 		}, outage.Busy, "query_wait_timeout"},
 		"a pooler that has no place": {func(t *testing.T, url string, _ *pgxpool.Pool) pg.DB {
 			url = testservers.PgBouncer(t, url, "max_client_conn = 1")
-			keep(t, testservers.Pool(t, url+"&pool_max_conns=1"))
+			pool := testservers.Pool(t, url+"&pool_max_conns=1")
+			for start := time.Now(); pool.Ping(t.Context()) != nil && time.Since(start) < 30*time.Second; {
+				time.Sleep(10 * time.Millisecond) // for who has looked whether it is up
+			}
+			keep(t, pool)
 			return testservers.Pool(t, url)
 		}, outage.Busy, "no more connections"},
 	} {
