@@ -52,9 +52,9 @@ type CacheOptions struct {
 
 	// StaleIfError is how long known good keys are admitted while the store cannot be read
 	// (RFC 5861, section 4), unless a change was announced. Facts that are out of date
-	// never refuse a request: it is answered with [ErrUnavailable]. StaleIfError is also
-	// the time to live of records in Redis. At least MaxStaleness. Defaults to 15 min, or
-	// RefreshAfter if that is longer.
+	// never refuse a request: it is answered with [ErrUnavailable]. At least MaxStaleness.
+	// Defaults to 15 min, or RefreshAfter if that is longer. Records in Redis live for
+	// StaleIfError or RefreshAfter, whichever is longer.
 	StaleIfError time.Duration
 
 	// Namespace is part of the names of records in Redis: apikey:3:namespace:... Caches with
@@ -223,9 +223,10 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	limits := func(timeout time.Duration) batch.Limits {
 		return batch.Limits{AtOnce: o.MaxBatches, Size: o.MaxBatchSize, Queue: o.MaxQueue / 2, Budget: timeout}
 	}
+	oldest := max(o.RefreshAfter, o.StaleIfError) // of records that may be used
 	c := &Cache{rdb: rdb}
-	c.shared.Log = feed.NewLog(o.MaxStaleness, o.StaleIfError, o.Logger)
-	c.shared.Redis = shared.New(rdb, sealed.NewSealer(secret, o.AcceptedSecrets...), limits(o.RedisTimeout), o.StaleIfError, o.Logger)
+	c.shared.Log = feed.NewLog(o.MaxStaleness, oldest, o.Logger)
+	c.shared.Redis = shared.New(rdb, sealed.NewSealer(secret, o.AcceptedSecrets...), limits(o.RedisTimeout), oldest, o.Logger)
 	c.shared.Batches = limits(o.StoreTimeout)
 	c.shared.Logger = o.Logger
 	c.shared.Limits = readthrough.Limits{

@@ -17,3 +17,6 @@ func both(l pg.Lookup) [2]string { return [2]string{l.One, l.Many} }
 
 // Log is what the cache knows of changes.
 func (c *Cache) Log() *feed.Log { return c.shared.Log }
+
+// Defaults are *o with the defaults of what is zero.
+func Defaults(o *CacheOptions) CacheOptions { return o.withDefaults() }

@@ -36,8 +36,8 @@ import (
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
-// A History identifies a database and its standbys. Transaction ids of different histories
-// cannot be compared.
+// A History identifies tables through the runs of their server. Facts of another history say
+// nothing about this one.
 type History string
 
 // A session is a period in which every announcement is received.
@@ -51,8 +51,8 @@ type session struct {
 type vouching struct {
 	session  *session          // nil: none at present
 	ended    *session          // the session before; its lease runs out
-	servers  []snapshot.Server // those that are known to be of the present history; nil: there was no session yet
-	mismatch bool              // the stores read from another server than the session
+	servers  []snapshot.Server // the runs of the present history; nil: there was no session yet
+	mismatch bool              // the stores read from other tables than the session
 }
 
 // Begin begins a session on a server of a history. first is a snapshot that was asked for at
@@ -62,23 +62,34 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	v := *l.vouching.Load()
-	if l.history != history {
-		// Transactions of the old history refute nothing any more.
-		l.history, v.servers, v.ended, l.unverified = history, nil, nil, nil
-		for kind := range l.marks {
-			l.marks[kind] = newMarks()
+	server, present := first.Server(), l.current()
+	if l.history != history || present.server != server {
+		if l.history == history && !slices.Contains(v.servers, server) {
+			present.ended = asked
+			l.runs = append(slices.DeleteFunc(l.runs, func(r *run) bool { return r != present && r.ended.Age(asked) > l.life }), newRun(server))
+		} else { // what was announced in another history refutes nothing any more
+			l.history, l.runs, v.ended = history, []*run{newRun(server)}, nil
 		}
+		v.servers = nil
+		for _, r := range l.runs {
+			v.servers = append(v.servers, r.server)
+		}
+		l.latest, l.unverified = snapshot.Snapshot{}, nil
 		l.newEpochs()
 	}
 	l.reached(first, asked)
-	if !slices.Contains(v.servers, first.Server()) {
-		v.servers = append(v.servers[:len(v.servers):len(v.servers)], first.Server())
-	}
 	if v.session != nil {
 		v.ended = v.session
 	}
 	v.session, v.mismatch = &session{first: first, known: asked.Add(-l.lease)}, false
 	l.vouching.Store(&v)
+	l.begun.Store(int64(time.Since(began)))
+}
+
+// BegunAfter reports whether a session has begun after t: the server was there then.
+func (l *Log) BegunAfter(t time.Time) bool {
+	begun := l.begun.Load()
+	return begun != 0 && began.Add(time.Duration(begun)).After(t)
 }
 
 // Renew notes that everything that was committed at a time is known.
@@ -133,12 +144,12 @@ func (l *Log) End(err error) (renewed bool) {
 	return renewed
 }
 
-// ErrOtherServer ends a session if the stores read from another server.
-var ErrOtherServer = errors.New("the stores read from another server or database than the one that announces: " +
-	"is a proxy or a switch-over in between?")
+// ErrOtherServer ends a session if the stores read from other tables.
+var ErrOtherServer = errors.New("the stores read from another server, database or schema than the one that announces: " +
+	"does Watch have the same URL, with the same search_path? Is a proxy or a switch-over in between?")
 
-// Read notes that a store has read from a server. If the session listens to another one, it
-// no longer vouches for records.
+// Read notes that a store has read from a server. If the session listens to another one, or for
+// other tables, it no longer vouches for records.
 func (l *Log) Read(server snapshot.Server) {
 	v := l.vouching.Load()
 	if v.session == nil || v.mismatch || server == 0 {
@@ -165,7 +176,7 @@ func (l *Log) readSince(d time.Duration) bool {
 	return last != 0 && time.Since(began)-time.Duration(last) < d
 }
 
-// Mismatched reports whether a store has read from another server than the session's.
+// Mismatched reports whether a store has read from other tables than the session's.
 func (l *Log) Mismatched() bool { return l.vouching.Load().mismatch }
 
 // Fault returns why the last session ended or could not begin, or nil.
@@ -189,6 +200,12 @@ func (l *Log) WentLive() <-chan struct{} { return l.live }
 func (l *Log) Covers(snap snapshot.Snapshot) bool {
 	v := l.vouching.Load()
 	return v.session != nil && !v.mismatch && snap.Includes(v.session.first)
+}
+
+// Covered is like Covers, and counts the session that has ended if there is no present one.
+func (l *Log) Covered(snap snapshot.Snapshot) bool {
+	v := l.vouching.Load()
+	return l.Covers(snap) || v.session == nil && v.ended != nil && snap.Includes(v.ended.first)
 }
 
 // Vouched reports whether a session vouches at now for a record in cell that was read in snap:

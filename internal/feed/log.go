@@ -32,12 +32,13 @@ type Log struct {
 	epochs   [cells]atomic.Uint32
 	vouching atomic.Pointer[vouching]
 	lastRead atomic.Int64  // when a store last read from the session's server, since began
+	begun    atomic.Int64  // when a session last began, since began; 0: none has
 	live     chan struct{} // closed when a session has been live
 	goesLive sync.Once
 
 	mu         sync.RWMutex
 	history    History
-	marks      [kinds]marks
+	runs       []*run            // of the history, oldest first, the present one last
 	latest     snapshot.Snapshot // the last one of the session
 	unverified []announced       // announcements of transactions that latest had not reached
 	suspects   []suspect
@@ -45,6 +46,25 @@ type Log struct {
 	announcements, unannounced, forged, unknown atomic.Uint64
 	fault                                       atomic.Pointer[error]
 }
+
+// A run is what was announced in one run of a server. Transaction ids of different runs are not
+// compared: a server that has crashed, or was restored from a copy of its disk, may use some again.
+type run struct {
+	server snapshot.Server
+	marks  [kinds]marks
+	ended  clock.Instant // when the next one was found; zero: it is the present one
+}
+
+func newRun(server snapshot.Server) *run {
+	r := &run{server: server}
+	for kind := range r.marks {
+		r.marks[kind] = newMarks()
+	}
+	return r
+}
+
+// current returns the present run.
+func (l *Log) current() *run { return l.runs[len(l.runs)-1] }
 
 // An announced transaction has changed a topic, or all topics of a kind.
 type announced struct {
@@ -70,11 +90,8 @@ const (
 // all announcements were known; life is the maximum age of any record. logger logs when
 // sessions go live and end and, at level Debug, each announcement once it is in the Log.
 func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
-	l := &Log{lease: lease, life: life, logger: logger, live: make(chan struct{})}
+	l := &Log{lease: lease, life: life, logger: logger, live: make(chan struct{}), runs: []*run{newRun(0)}}
 	l.vouching.Store(new(vouching))
-	for kind := range l.marks {
-		l.marks[kind] = newMarks()
-	}
 	for cell := range l.epochs {
 		l.epochs[cell].Store(1)
 	}
@@ -87,7 +104,7 @@ func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	defer l.mu.Unlock()
 	l.announcements.Add(1)
 	l.verify(announced{topic: topic, xid: xid, heard: now})
-	m := &l.marks[topic.kind]
+	m := &l.current().marks[topic.kind]
 	m.forget(now, int64(l.life))
 	if m.add(topic.id, xid, l.latest) || topic.kind != Key && topic.kind != Plan { // no record has the cell of the others
 		l.newEpochs()
@@ -102,7 +119,7 @@ func (l *Log) AnnounceAll(kind Kind, xid uint64, now clock.Instant) {
 	defer l.mu.Unlock()
 	l.announcements.Add(1)
 	l.verify(announced{topic: Topic{kind: kind}, all: true, xid: xid, heard: now})
-	l.marks[kind].all.add(xid, l.latest)
+	l.current().marks[kind].all.add(xid, l.latest)
 	l.newEpochs()
 }
 
@@ -130,8 +147,9 @@ func (l *Log) Reached(snap snapshot.Snapshot, asked clock.Instant) {
 
 func (l *Log) reached(snap snapshot.Snapshot, asked clock.Instant) {
 	l.latest = snap
-	for kind := range l.marks {
-		l.marks[kind].all.fold(snap)
+	marks := &l.current().marks
+	for kind := range marks {
+		marks[kind].all.fold(snap)
 	}
 	kept := l.unverified[:0]
 	for _, a := range l.unverified {
@@ -141,10 +159,10 @@ func (l *Log) reached(snap snapshot.Snapshot, asked clock.Instant) {
 			kept = append(kept, a)
 		case a.all:
 			l.forged.Add(1)
-			l.marks[a.topic.kind].all.retract(a.xid)
+			marks[a.topic.kind].all.retract(a.xid)
 		default:
 			l.forged.Add(1)
-			l.marks[a.topic.kind].retract(a.topic.id, a.xid)
+			marks[a.topic.kind].retract(a.topic.id, a.xid)
 		}
 	}
 	clear(l.unverified[len(kept):])
@@ -182,9 +200,16 @@ func (l *Log) Refuted(snap snapshot.Snapshot, topics ...Topic) bool {
 }
 
 func (l *Log) refuted(snap snapshot.Snapshot, topics []Topic) bool {
-	for _, t := range topics {
-		if !l.marks[t.kind].seenBy(snap, t.id) {
-			return true
+	for i := len(l.runs) - 1; i >= 0; i-- {
+		r := l.runs[i]
+		ofRun := r.server == snap.Server() || l.vouching.Load().servers == nil // no server is known yet
+		for _, t := range topics {
+			if m := &r.marks[t.kind]; ofRun && !m.seenBy(snap, t.id) || !ofRun && m.has(t.id) { // a later run has changed it
+				return true
+			}
+		}
+		if ofRun {
+			break
 		}
 	}
 	return false

@@ -119,7 +119,7 @@ func TestOverflow(t *testing.T) {
 			}
 			epoch := l.Epoch(77)
 			l.Announce(KeyTopic(1<<62), 500_000, at(0))
-			if n := len(l.marks[Key].young); n > capacity {
+			if n := len(l.current().marks[Key].young); n > capacity {
 				t.Errorf("%d topics, want %d at most", n, capacity)
 			}
 			if l.Epoch(77) == epoch {
@@ -154,7 +154,7 @@ func TestForgets(t *testing.T) {
 		if now > 2*time.Hour && l.Refuted(seen(t, 5), early) {
 			t.Fatalf("still there after %v", now)
 		}
-		if n := len(l.marks[Key].young) + len(l.marks[Key].old); n > 121 {
+		if n := len(l.current().marks[Key].young) + len(l.current().marks[Key].old); n > 121 {
 			t.Fatalf("%d topics after %v", n, now)
 		}
 	}
@@ -174,7 +174,7 @@ func TestManyOfOne(t *testing.T) {
 		if xid%10 == 0 {
 			l.Reached(seen(t, xid), at(0))
 		}
-		if n := len(l.marks[Key].young[1].xids); n > maxPerMark+11 {
+		if n := len(l.current().marks[Key].young[1].xids); n > maxPerMark+11 {
 			t.Fatalf("%d transactions are kept", n)
 		}
 	}

@@ -27,6 +27,11 @@ func (m *marks) seenBy(s snapshot.Snapshot, id uint64) bool {
 	return m.young[id].seenBy(s) && m.old[id].seenBy(s) && m.all.seenBy(s)
 }
 
+// has reports whether a change of a topic was announced.
+func (m *marks) has(id uint64) bool {
+	return !m.young[id].empty() || !m.old[id].empty() || !m.all.empty()
+}
+
 // add notes that transaction xid has changed a topic. It returns true if there are too many
 // topics, so that xid now counts for all of them.
 func (m *marks) add(id, xid uint64, latest snapshot.Snapshot) (overflow bool) {
@@ -77,6 +82,8 @@ func (m mark) seenBy(s snapshot.Snapshot) bool {
 	}
 	return m.base == nil || s.On(0).Includes(*m.base) // on any server of the history
 }
+
+func (m mark) empty() bool { return m.base == nil && len(m.xids) == 0 }
 
 // add adds a transaction. latest is the last snapshot of the server.
 func (m *mark) add(xid uint64, latest snapshot.Snapshot) {

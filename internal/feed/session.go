@@ -68,21 +68,21 @@ const AnnouncerSQL = `EXISTS (SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg
 	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + ` AND granted
 		AND objid = pg_catalog.hashtext(pg_catalog.to_regclass('apikey_outbox')::oid::text)::oid)`
 
-// ServerSQL is an expression for the present [snapshot.Server] as a bigint: the start of the
-// server in microseconds, hashed with the name of the database. It is 0 on a standby, whose
-// snapshots cannot be used.
-const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE pg_catalog.hashtextextended(pg_catalog.current_database()::text, ` + startedSQL + `) END`
+// ServerSQL is an expression for the present [snapshot.Server] as a bigint. It is 0 on a standby,
+// whose snapshots cannot be used.
+const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE ` + OriginSQL + ` END`
 
-// OriginSQL is an expression for the present [snapshot.Origin] as a bigint.
-const OriginSQL = `(SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws(' ', pg_catalog.current_database(), pg_catalog.to_regclass('api_keys')::oid,
-	pg_catalog.to_regclass('org_plans')::oid), ` + startedSQL + `))`
+// OriginSQL is an expression for the present [snapshot.Origin] as a bigint: the tables that the
+// search_path finds, the database, and the start of the server. All by their identity and not by
+// name: another one may come under the same name.
+const OriginSQL = `(SELECT pg_catalog.hashtextextended(` + tablesSQL + `, (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint))`
 
-const startedSQL = `(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint`
+const tablesSQL = `(SELECT pg_catalog.concat_ws(' ', d.oid, pg_catalog.to_regclass('api_keys')::oid, pg_catalog.to_regclass('org_plans')::oid,
+	pg_catalog.to_regclass('plan_catalogue')::oid) FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())`
 
-// historySQL returns the database and its timeline, which changes when a standby is promoted,
-// even one that has not received the last transactions.
-const historySQL = `SELECT system_identifier::text || ' ' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) || ' ' ||
-	(SELECT oid FROM pg_database WHERE datname = current_database()) FROM pg_control_system()`
+// historySQL returns the tables and the timeline of their server, which changes when a standby is
+// promoted, even one that has not received the last transactions.
+const historySQL = `SELECT system_identifier::text || ' ' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) || ' ' || ` + tablesSQL + ` FROM pg_control_system()`
 
 // A wire is the connection of a session.
 type wire struct {

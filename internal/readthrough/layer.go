@@ -163,7 +163,7 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (ans
 		return answer[V]{inMemory, Memory}, nil
 	}
 	name := l.kind.Name(subject)
-	inRedis, usable := l.get(subject, name, store)
+	inRedis, usable, resort := l.get(subject, name, store)
 	if usable {
 		l.remember(subject, inRedis)
 		return answer[V]{inRedis, Redis}, nil
@@ -173,6 +173,9 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (ans
 	read, err := store.batches.Do(subject, latest != nil && latest.Found)
 	if err != nil {
 		l.count(err)
+		if !resort {
+			latest = known
+		}
 		if !outage.IsAway(err) || latest == nil || !l.usableIfError(subject, latest, clock.At(time.Now())) {
 			return answer[V]{}, err
 		}
@@ -215,33 +218,34 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	}
 }
 
-// get returns the record in Redis, and whether it is usable. It returns nil if there is no
-// record, or it was not sealed under the secret, or is from other tables than those of the
-// store. No record is usable until the store was read once, which tells its tables: two
-// databases may share one Redis.
-func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Record[V], usable bool) {
+// get returns the record in Redis, whether it is usable, and whether it may be the last resort if
+// the store is away. It returns nil if there is no record, or it was not sealed under the secret.
+//
+// No record is usable until the store was read once, which tells its tables: two databases may
+// share one Redis. Others of our tables are the last resort only if this replica hears of changes
+// that they have not seen: in Redis nothing overwrites a record of a key that was deleted, or was
+// not asked for since.
+func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Record[V], usable, resort bool) {
 	body, err := l.shared.Redis.Get(name)
 	if err != nil && !errors.Is(err, shared.ErrRejected) {
-		return nil, false
+		return nil, false, false
 	}
 	now := clock.At(time.Now())
-	var owns, known bool
+	var owned bool
 	if body != nil {
 		var origin snapshot.Origin
 		rec, origin = l.decode(subject, body, now)
-		if owns, known = store.owns(origin); known && !owns {
-			rec = nil
-		}
+		owned = rec != nil && store.owns(origin)
 	}
 	if rec != nil && store.adopt != nil {
 		store.adopt(rec)
 	}
-	if rec == nil || !known || !l.Usable(subject, rec, now) {
+	if !owned || !l.Usable(subject, rec, now) {
 		l.shared.Stats.Misses.Add(1)
-		return rec, false
+		return rec, false, owned && (l.shared.Log.Covered(rec.Snapshot) || rec.Snapshot.IsZero() && !store.stamps)
 	}
 	l.shared.Stats.Hits.Add(1)
-	return rec, true
+	return rec, true, true
 }
 
 func (l *Layer[S, V]) encode(r reading[V]) []byte {

@@ -40,11 +40,10 @@ type reading[V any] struct {
 	origin snapshot.Origin
 }
 
-// owns reports whether origin is that of the store's tables, and whether these are known
-// already, which they are after the first read.
-func (s *Store[S, V]) owns(origin snapshot.Origin) (owns, known bool) {
-	own := snapshot.Origin(s.origin.Load())
-	return own == origin, own != 0 || origin == 0 && !s.stamps
+// owns reports whether origin is known to be that of the store's tables, which are known after the
+// first read.
+func (s *Store[S, V]) owns(origin snapshot.Origin) bool {
+	return origin == snapshot.Origin(s.origin.Load()) && (origin != 0 || !s.stamps)
 }
 
 // A Reader reads facts of type F. One and Many report stamps: see [snapshot.Report].
@@ -76,9 +75,14 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	var fault atomic.Value // string: why the last lookup failed
 	fault.Store("")
 	var word atomic.Int64              // the outage.Class of the last batch that was sent and failed
+	var away atomic.Pointer[time.Time] // when a batch was last sent in vain
 	noOutage := func(err error) bool { // called for each batch that was sent
 		if err != nil {
 			word.Store(int64(outage.Of(err)))
+		}
+		if outage.IsAway(err) {
+			now := time.Now()
+			away.Store(&now)
 		}
 		return err != nil && !outage.IsAway(err)
 	}
@@ -120,7 +124,15 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		origin: origin,
 		stamps: r.Trusted,
 		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]reading[V], error) {
-			readings, err := breaker.Do(guard, func() ([]reading[V], error) { return read(ctx, subjects) })
+			send := func() ([]reading[V], error) { return read(ctx, subjects) }
+			readings, err := breaker.Do(guard, send)
+			if since := away.Load(); breaker.Skipped(err) && since != nil && l.shared.Log.BegunAfter(*since) {
+				// The session for announcements has found the server again. There is no need to wait
+				// until the breaker tries: facts from before may be of another history, and so be no
+				// last resort any more.
+				readings, err = batch.Run(send)
+				noOutage(err)
+			}
 			if breaker.Skipped(err) {
 				class := outage.Away
 				if breaker.Trying(err) {

@@ -22,8 +22,8 @@ type Snapshot struct {
 	xip        *[]uint64 // transactions in progress, xmin <= x < xmax, ascending; nil: none, which is common
 }
 
-// A Server identifies a database and the run of the server that it is on. Transaction ids of
-// two runs can be compared only if both have the same history. 0 means unknown.
+// A Server identifies tables, their database, and the run of the server that they are on.
+// Transaction ids of two runs are not compared. 0 means unknown.
 type Server int64
 
 // On returns s with another server.
@@ -145,8 +145,7 @@ type Collector struct {
 	origin  Origin
 }
 
-// An Origin identifies tables: the run of the server, the database, and the tables that the
-// search_path finds. 0 means unknown.
+// An Origin identifies tables as a Server does, also on a standby. 0 means unknown.
 type Origin int64
 
 type collectorKey struct{}
