@@ -110,6 +110,13 @@ func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
+	// What arrives before the connection is ours. The first read announces, too.
+	var early []string
+	config.OnNotification = func(_ *pgconn.PgConn, n *pgconn.Notification) {
+		if n.Channel == Channel {
+			early = append(early, n.Payload)
+		}
+	}
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
@@ -118,6 +125,12 @@ func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 	if err != nil {
 		_ = conn.Close(ctx)
 		return nil, err
+	}
+	for _, payload := range early {
+		if err := w.notified(payload); err != nil {
+			w.close()
+			return nil, err
+		}
 	}
 	return w, nil
 }
