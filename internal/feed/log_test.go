@@ -333,6 +333,10 @@ func TestHistories(t *testing.T) {
 	if !l.Refuted(seen(t, 1000).On(1), topic) || l.Refuted(restarted, topic) || l.Foreign(old) || l.Foreign(restarted) {
 		t.Error("what was announced before a restart is lost")
 	}
+	l.Announce(topic, 993, at(time.Second)) // an id that was given out before
+	if !l.Refuted(seen(t, 1001).On(1), topic) || !l.Refuted(seen(t, 990).On(2), topic) || l.Refuted(seen(t, 994).On(2), topic) {
+		t.Error("an announcement of this run does not refute what was read in the last, or refutes who has seen it")
+	}
 	if !l.Foreign(other) || l.Refuted(other, topic) {
 		t.Error("a record of a database with lower transaction ids is refuted for ever")
 	}

@@ -256,3 +256,44 @@ func TestOnlyAwayBreaks(t *testing.T) {
 		})
 	}
 }
+
+// TestBackWithTheFeed: while the breaker is open, a new session for announcements shows that the server
+// is there. Nobody waits for the breaker then, since what is known may be foreign to the new server.
+func TestBackWithTheFeed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		down := true
+		layer, store := newLayer(t, func(context.Context, uint64) (string, bool, error) {
+			if down {
+				return "", false, errors.New("connection refused")
+			}
+			return "good", true, nil
+		})
+		fetch := func() error { _, _, err := layer.Fetch(t.Context(), 1, nil, store); return err }
+		for range breakAfter + 3 {
+			if fetch() == nil {
+				t.Error("answered although the store is away")
+			}
+		}
+		reads := layer.shared.Stats.Reads.Load()
+		if reads != breakAfter {
+			t.Errorf("%d reads, want %d and then none", reads, breakAfter)
+		}
+		time.Sleep(time.Millisecond)
+		begin := func() { layer.shared.Log.Begin("history", snapshot.Snapshot{}, clock.At(time.Now())) }
+		begin()
+		for range 3 {
+			if fetch() == nil {
+				t.Error("answered although the store is away")
+			}
+		}
+		if n := layer.shared.Stats.Reads.Load(); n != reads+1 {
+			t.Errorf("%d reads after a session has begun, want one", n-reads)
+		}
+		down = false
+		time.Sleep(time.Millisecond)
+		begin()
+		if err := fetch(); err != nil {
+			t.Errorf("the store is back, and so is the feed: %v", err)
+		}
+	})
+}
