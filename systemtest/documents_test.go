@@ -223,6 +223,33 @@ func TestAlterType(t *testing.T) {
 	}
 }
 
+// TestRenameSchema: the documented way to rename the schema keeps changes announced.
+func TestRenameSchema(t *testing.T) {
+	t.Parallel()
+	block := regexp.MustCompile("(?s)```sql\n(BEGIN;\nALTER SCHEMA app.*?COMMIT;)\n```").FindStringSubmatch(document(t, "docs/operations.md"))
+	if block == nil {
+		t.Fatal("there is no such SQL")
+	}
+	url := testservers.EmptyPostgresURL(t)
+	super := testservers.Pool(t, url)
+	testservers.Exec(t, super, `CREATE SCHEMA app`)
+	testservers.Migrated(t, url+"&search_path=app")
+	testservers.Exec(t, super, block[1])
+	pool := testservers.Pool(t, url+"&search_path=keys")
+	testservers.Exec(t, pool, `INSERT INTO plan_catalogue VALUES ('starter', true); INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active');
+		INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1, 5000) i; SELECT apikey_tidy()`)
+	testservers.Exec(t, pool, `SELECT apikey_announce()`)
+	testservers.Exec(t, pool, `TRUNCATE api_keys CASCADE`)
+	var waiting int
+	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox`).Scan(&waiting); err != nil || waiting != 1 {
+		t.Errorf("%d changes wait to be announced, %v, want 1", waiting, err)
+	}
+	var announced bool
+	if err := pool.QueryRow(t.Context(), `SELECT has_function_privilege('pg_monitor', 'apikey_announce()', 'EXECUTE')`).Scan(&announced); err != nil || announced {
+		t.Errorf("the new functions are for everybody: %v, %v", announced, err)
+	}
+}
+
 // TestReadmeScanner: the pattern for secret scanners finds keys, and no less.
 func TestReadmeScanner(t *testing.T) {
 	pattern := regexp.MustCompile("`(.btpk_[^`]*)`").FindStringSubmatch(document(t, "docs/security.md"))
