@@ -461,7 +461,7 @@ func TestBacklog(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer running.Rollback(context.WithoutCancel(t.Context()))
+	defer func() { _ = running.Rollback(context.WithoutCancel(t.Context())) }()
 	if _, err := running.Exec(t.Context(), `INSERT INTO apikey_outbox (kind) VALUES ('plans')`); err != nil {
 		t.Fatal(err)
 	}
@@ -586,7 +586,7 @@ func TestDeadRows(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer old.Rollback(context.WithoutCancel(t.Context()))
+	defer func() { _ = old.Rollback(context.WithoutCancel(t.Context())) }()
 	if _, err := old.Exec(t.Context(), `CREATE TABLE a_writer_too ()`); err != nil {
 		t.Fatal(err)
 	}

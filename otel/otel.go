@@ -13,7 +13,7 @@
 //	apikey.queue.*             counters: full, timeouts
 //	apikey.stale.uses          counter
 //	apikey.feed.live           gauge: 1 while announcements are known to arrive, else 0
-//	apikey.feed.*              counters: announcements, unannounced
+//	apikey.feed.*              counters: announcements, unannounced, forged, unknown
 //
 // Metrics have no attributes for organisations and keys. Spans do.
 package otel
@@ -98,6 +98,8 @@ func register(meter metric.Meter, cache *apikey.Cache) error {
 		{"apikey.stale.uses", "{use}", "Admitted on facts past their time, since the store could not be read.", func(s apikey.CacheStats) uint64 { return s.StaleUses }},
 		{"apikey.feed.announcements", "{change}", "Changes that were announced.", func(s apikey.CacheStats) uint64 { return s.Announcements }},
 		{"apikey.feed.unannounced", "{change}", "Changes that should have been announced and were not.", func(s apikey.CacheStats) uint64 { return s.Unannounced }},
+		{"apikey.feed.forged", "{announcement}", "Announcements of transactions that do not exist.", func(s apikey.CacheStats) uint64 { return s.Forged }},
+		{"apikey.feed.unknown", "{announcement}", "Announcements of kinds that this version does not know.", func(s apikey.CacheStats) uint64 { return s.Unknown }},
 	}
 	live, err := meter.Int64ObservableGauge("apikey.feed.live", metric.WithUnit("1"),
 		metric.WithDescription("Whether announcements are known to arrive."))

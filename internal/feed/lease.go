@@ -6,7 +6,9 @@ package feed
 // The argument:
 //
 //  1. A transaction that changes something leaves a row in the outbox. A call of
-//     apikey_announce after its commit announces the change. PostgreSQL delivers
+//     apikey_announce after its commit announces the change. It looks only at rows of
+//     transactions that an earlier snapshot has not seen, one up to which a call that has
+//     committed has announced everything. PostgreSQL delivers
 //     announcements in the order in which the announcing transactions commit: each of them
 //     holds a lock from before its notices are queued until it is visible.
 //  2. A session listens, and then takes its first snapshot. A record that includes this
