@@ -138,7 +138,7 @@ func TestMetrics(t *testing.T) {
 	if !maps.Equal(decisions, want) {
 		t.Errorf("decisions %v, want %v", decisions, want)
 	}
-	if values["apikey.store.reads"] != 6 || values["apikey.store.errors"] != 1 || values["apikey.redis.misses"] != 6 || len(values) != 19 {
+	if values["apikey.store.reads"] != 6 || values["apikey.store.errors"] != 1 || values["apikey.redis.misses"] != 6 || len(values) != 21 {
 		t.Errorf("%d statistics: %v", len(values), values)
 	}
 }
