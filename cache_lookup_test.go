@@ -66,7 +66,7 @@ func TestPlanChangesAlone(t *testing.T) {
 	before := f.Replicas[0].Cache.Stats().StoreReads
 	testservers.Exec(t, f.Pool, `UPDATE org_plans SET status = 'past_due' WHERE org_id = $1`, org.ID)
 	for i, r := range f.Replicas { // the second one has the key from Redis
-		world.WaitFor(t, func() bool { return r.Cache.Stats().Announcements >= 4 }) // org, two keys, and the change
+		world.WaitFor(t, func() bool { return r.Ask(keys[0]) == world.PlanExpired })
 		for _, key := range keys {
 			r.WantCode(t, key, world.PlanExpired)
 		}

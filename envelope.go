@@ -11,6 +11,8 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+
+	"github.com/trackpilots/apikey/apikeyclient"
 )
 
 // An Error is an error response of the API. All of them share one JSON envelope. Services
@@ -18,21 +20,10 @@ import (
 // Code match:
 //
 //	errors.Is(err, apikey.ErrPlanExpired)
-type Error struct {
-	StatusCode    int    // HTTP status, 400 to 599
-	StatusMessage string // short label
-	Message       string // what is wrong, for people
-	Code          string // what is wrong, for programs
-}
-
-// Error returns the code and the message.
-func (e *Error) Error() string { return e.Code + ": " + e.Message }
-
-// Is reports whether target is an *Error of the same Code.
-func (e *Error) Is(target error) bool {
-	t, ok := target.(*Error)
-	return ok && t != nil && t.Code == e.Code
-}
+//
+// It is the Error of package apikeyclient, so that those that a client reads from responses
+// match, too.
+type Error = apikeyclient.Error
 
 // The errors of [Middleware]. They must not be modified.
 var (
@@ -86,7 +77,7 @@ func init() {
 		ErrAuthorizationHeaderMissing, ErrInvalidAPIKeySchema, ErrAPIKeyMissing,
 		ErrInvalidAPIKey, ErrPlanExpired, ErrUnavailable, errInternal,
 	} {
-		bodies[e] = e.body()
+		bodies[e] = bodyOf(e)
 	}
 }
 
@@ -102,8 +93,8 @@ type envelope struct {
 	} `json:"error"`
 }
 
-// body is the envelope as compact JSON.
-func (e *Error) body() string {
+// bodyOf is the envelope of an error as compact JSON.
+func bodyOf(e *Error) string {
 	v := envelope{StatusCode: e.StatusCode, StatusMessage: e.StatusMessage}
 	v.Error.Message, v.Error.Code = e.Message, e.Code
 	var b bytes.Buffer
@@ -128,7 +119,7 @@ func WriteError(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	body, ok := bodies[e]
 	if !ok {
-		body = e.body()
+		body = bodyOf(e)
 	}
 
 	h := w.Header()

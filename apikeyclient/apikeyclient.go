@@ -21,9 +21,9 @@ const (
 	CodeServiceUnavailable         = "SERVICE_UNAVAILABLE"          // nothing is wrong with the key: try again
 )
 
-// An Error is an error of the API.
+// An Error is an error of the API. Errors with the same Code match by [errors.Is].
 type Error struct {
-	StatusCode    int    // HTTP status
+	StatusCode    int    // HTTP status, 400 to 599
 	StatusMessage string // short label
 	Message       string // what is wrong, for people
 	Code          string // what is wrong, for programs
@@ -31,6 +31,12 @@ type Error struct {
 
 // Error returns the code and the message.
 func (e *Error) Error() string { return e.Code + ": " + e.Message }
+
+// Is reports whether target is an *Error of the same Code.
+func (e *Error) Is(target error) bool {
+	t, ok := target.(*Error)
+	return ok && t != nil && t.Code == e.Code
+}
 
 // maxBody is how much of a response FromResponse reads, in bytes.
 const maxBody = 64 << 10

@@ -47,8 +47,11 @@ func TestFromResponse(t *testing.T) {
 		w := httptest.NewRecorder()
 		apikey.WriteError(w, httptest.NewRequest("GET", "/", nil), e)
 		got, ok := errors.AsType[*apikeyclient.Error](apikeyclient.FromResponse(w.Result()))
-		if !ok || apikey.Error(*got) != *e || got.Code != code || got.Error() != e.Error() {
+		if !ok || *got != *e || got.Code != code || got.Error() != e.Error() {
 			t.Errorf("read %+v, want %+v with code %s", got, e, code)
+		}
+		if err := fmt.Errorf("asking: %w", error(got)); !errors.Is(err, e) || !errors.Is(err, &apikeyclient.Error{Code: code}) || errors.Is(err, &apikeyclient.Error{Code: "OTHER"}) {
+			t.Errorf("%v does not match by its code", err)
 		}
 	}
 }

@@ -40,7 +40,7 @@ type Log struct {
 	history    History
 	runs       []*run            // of the history, oldest first, the present one last
 	latest     snapshot.Snapshot // the last one of the session
-	unverified []announced       // announcements of transactions that latest had not reached
+	unverified []announced       // announcements of transactions that latest had not seen
 	suspects   []suspect
 
 	announcements, unannounced, forged, unknown atomic.Uint64
@@ -131,14 +131,15 @@ func (l *Log) newEpochs() {
 
 // verify keeps a until a snapshot shows whether there is such a transaction.
 func (l *Log) verify(a announced) {
-	if a.xid >= l.latest.XMax() && !l.latest.IsZero() && len(l.unverified) < maxUnverified {
+	if !l.latest.Sees(a.xid) && !l.latest.IsZero() && len(l.unverified) < maxUnverified {
 		l.unverified = append(l.unverified, a)
 	}
 }
 
 // Reached notes a snapshot of the server, for which the session asked at a time. If the
-// snapshot has not reached a transaction that was announced before that time, the
-// announcement was forged: everybody who may connect to the database may run NOTIFY.
+// snapshot has not seen a transaction that was announced before that time, the announcement
+// was forged, since only what is committed is announced: everybody who may connect to the
+// database may run NOTIFY.
 func (l *Log) Reached(snap snapshot.Snapshot, asked clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -154,7 +155,7 @@ func (l *Log) reached(snap snapshot.Snapshot, asked clock.Instant) {
 	kept := l.unverified[:0]
 	for _, a := range l.unverified {
 		switch {
-		case a.xid < snap.XMax():
+		case snap.Sees(a.xid):
 		case !a.heard.Before(asked):
 			kept = append(kept, a)
 		case a.all:

@@ -229,6 +229,33 @@ func TestForged(t *testing.T) {
 	}
 }
 
+// TestForgedInProgress: a transaction that is announced before it is committed is forged, too. It
+// would refute every record for as long as somebody leaves it open.
+func TestForgedInProgress(t *testing.T) {
+	l := newLog()
+	running, err := snapshot.Parse("50:100:50,60")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Begin("history", running, at(0))
+	l.AnnounceAll(Key, 50, at(time.Second)) // open
+	l.Announce(KeyTopic(1), 60, at(time.Second))
+	later, err := snapshot.Parse("50:110:50")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !l.Refuted(later, KeyTopic(2)) {
+		t.Error("what cannot be told from a change does not refute")
+	}
+	l.Reached(later, at(2*time.Second))
+	if n := l.Forged(); n != 1 || l.Refuted(later, KeyTopic(2)) {
+		t.Errorf("%d are found to be false, and a transaction that is open refutes", n)
+	}
+	if !l.Refuted(running, KeyTopic(1)) {
+		t.Error("what is real is forgotten")
+	}
+}
+
 // TestForgedBeforeTheEnd: it does not help to end the session, or to make it end.
 func TestForgedBeforeTheEnd(t *testing.T) {
 	l := newLog()
