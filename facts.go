@@ -32,12 +32,16 @@ type keyFacts struct {
 // store alone: the key store may not use the same tables.
 func (c *Cache) sources(keys KeyStore, plans PlanStore) (cachedKeys, cachedPlans) {
 	k := cachedKeys{c.keys, readthrough.NewStore(c.keys, keyReader(keys))}
+	p := planReader(plans)
 	if ours, ok := keys.(*PostgresKeyStore); ok {
 		if theirs, ok := plans.(*PostgresPlanStore); ok && sameDB(ours.db.DB(), theirs.db.DB()) {
-			k.store = readthrough.NewStore(c.keys, c.joinedReader(ours))
+			joined := c.joinedReader(ours)
+			joined.Tables = new(readthrough.Tables)
+			p.Tables = joined.Tables // plans are seldom read by themselves
+			k.store = readthrough.NewStore(c.keys, joined)
 		}
 	}
-	return k, cachedPlans{c.plans, readthrough.NewStore(c.plans, planReader(plans))}
+	return k, cachedPlans{c.plans, readthrough.NewStore(c.plans, p)}
 }
 
 func sameDB(a, b DB) bool {

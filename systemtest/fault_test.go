@@ -118,8 +118,8 @@ func postgresOutages() []outage {
 	return append(networkOutages(func(rg *rig) *testservers.Proxy { return rg.postgres }),
 		outage{
 			name: "erroring", feedSurvive: true, rejects: true,
-			begin: sql(`ALTER TABLE api_keys RENAME TO a; ALTER TABLE org_plans RENAME TO o`),
-			end:   sql(`ALTER TABLE a RENAME TO api_keys; ALTER TABLE o RENAME TO org_plans`),
+			begin: sql(`ALTER TABLE api_keys RENAME COLUMN key_hash TO k; ALTER TABLE org_plans RENAME COLUMN org_id TO o`),
+			end:   sql(`ALTER TABLE api_keys RENAME COLUMN k TO key_hash; ALTER TABLE org_plans RENAME COLUMN o TO org_id`),
 		},
 		outage{
 			name: "read-only", reads: true, feedSurvive: true,
@@ -167,7 +167,7 @@ func (k keyKind) wanted(redisReads, postgresReads, rejects, feedLive bool) strin
 	switch {
 	case postgresReads:
 		return k.whenWell()
-	case k == inMemory, k == inRedis && redisReads && !rejects, (k == dead || k == unpaid) && feedLive:
+	case k == inMemory, k == inRedis && redisReads && (!rejects || feedLive), (k == dead || k == unpaid) && feedLive:
 		return k.whenWell()
 	}
 	return world.Unavailable

@@ -6,6 +6,8 @@ package systemtest
 import (
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -154,6 +156,70 @@ func TestPromotedStandby(t *testing.T) {
 	within(t, r, kept, world.Admitted)
 	if n := r.Cache.Stats().Unannounced; n != 0 {
 		t.Errorf("%d unannounced changes", n)
+	}
+}
+
+// TestFailover: the primary dies under load, and a standby that has received everything takes over.
+// Nobody who was known to be good is refused, neither meanwhile nor when the feed has found the new
+// primary and the facts of the old one no longer count.
+func TestFailover(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
+	primary := testservers.StartPostgres(t)
+	w := world.NewPostgresOn(t, testservers.Pool(t, testservers.Migrated(t, primary.URL)))
+	standby := testservers.StartStandby(t, primary.URL)
+	onStandby := testservers.Pool(t, standby.URL)
+	address, proxy := testservers.ProxyPostgres(t, primary.URL)
+	var replicas []world.Replica
+	for range 4 {
+		replicas = append(replicas, world.NewWatchedReplica(t, testservers.Pool(t, address), testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: shortStaleness}))
+	}
+	var apiKeys []string
+	for range 50 {
+		apiKey, _ := w.Enrol(t, world.Live, world.Paid)
+		apiKeys = append(apiKeys, apiKey)
+		for _, r := range replicas {
+			r.WantCode(t, apiKey, world.Admitted)
+		}
+	}
+	world.WaitFor(t, func() bool {
+		var n int
+		err := onStandby.QueryRow(t.Context(), `SELECT count(*) FROM api_keys`).Scan(&n)
+		return err == nil && n == len(apiKeys)
+	})
+	var asked, refused atomic.Int64
+	over := make(chan struct{})
+	var load sync.WaitGroup
+	for _, r := range replicas {
+		load.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-over:
+					return
+				case <-time.After(500 * time.Microsecond):
+				}
+				asked.Add(1)
+				if r.Ask(apiKeys[n%len(apiKeys)]) != world.Admitted {
+					refused.Add(1)
+				}
+			}
+		})
+	}
+	time.Sleep(time.Second)
+	primary.Crash(t)
+	time.Sleep(3 * shortStaleness) // what is known is past its time
+	testservers.Exec(t, onStandby, `SELECT pg_promote()`)
+	proxy.Redirect(t, standby.URL)
+	time.Sleep(2 * shortStaleness)
+	for _, r := range replicas {
+		world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
+	}
+	time.Sleep(shortStaleness)
+	close(over)
+	load.Wait()
+	t.Logf("%d of %d requests with known good keys were refused", refused.Load(), asked.Load())
+	if refused.Load() > 0 {
+		t.Errorf("%d of %d requests with known good keys were refused", refused.Load(), asked.Load())
 	}
 }
 

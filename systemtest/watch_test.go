@@ -433,6 +433,84 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
+// TestFewConnectionsForMany: replicas whose pools may have more connections than the server gives them
+// all. They do not knock at it all the time, lookups are answered, and when the server comes back all
+// replicas hear announcements again.
+func TestFewConnectionsForMany(t *testing.T) {
+	t.Parallel()
+	const replicas, allowed = 10, 36
+	server := testservers.StartPostgres(t)
+	w := world.NewPostgresOn(t, testservers.Pool(t, testservers.Migrated(t, server.URL)))
+	testservers.Exec(t, w.Pool, fmt.Sprintf(`CREATE ROLE few LOGIN CONNECTION LIMIT %d; GRANT SELECT ON api_keys, org_plans, plan_catalogue TO few;
+		GRANT EXECUTE ON FUNCTION apikey_announce TO few`, allowed))
+	var dials atomic.Int64
+	var all []world.Replica
+	rdb := testservers.Redis(t)
+	for range replicas {
+		config := w.Pool.Config()
+		config.ConnConfig.User, config.MaxConns = "few", 4
+		dial := config.ConnConfig.DialFunc
+		config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+			dials.Add(1)
+			return dial(ctx, network, address)
+		}
+		pool, err := pgxpool.NewWithConfig(t.Context(), config)
+		world.MustNot(t, err)
+		t.Cleanup(pool.Close)
+		cache := apikey.NewCache(rdb, world.NewSecret(), &apikey.CacheOptions{MemoryEntries: -1, StoreTimeout: 5 * time.Second})
+		world.Watch(t, cache, pool)
+		all = append(all, world.ReplicaOn(apikey.NewPostgresKeyStore(pool), apikey.NewPostgresPlanStore(pool), cache))
+	}
+	var apiKeys []string
+	for range 100 {
+		apiKey, _ := w.Enrol(t, world.Live, world.Paid)
+		apiKeys = append(apiKeys, apiKey)
+	}
+	var answers, failed atomic.Int64
+	load := func(d time.Duration) {
+		var wg sync.WaitGroup
+		for start, i := time.Now(), 0; i < 8*replicas; i++ {
+			wg.Go(func() {
+				for n := i; time.Since(start) < d; n++ {
+					if all[i%replicas].Ask(apiKeys[n%len(apiKeys)]) == world.Admitted {
+						answers.Add(1)
+					} else {
+						failed.Add(1)
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+	load(2 * time.Second) // all pools are as large as they may be
+	live := func() (n int) {
+		for _, r := range all {
+			if r.Cache.Stats().FeedLive {
+				n++
+			}
+		}
+		return n
+	}
+	world.WaitFor(t, func() bool { return live() == replicas })
+	for _, again := range []bool{false, true} {
+		if again {
+			server.Crash(t)
+			server.Start(t)
+			load(time.Second) // pools take what there is
+			world.WaitFor(t, func() bool { return live() == replicas })
+		}
+		before := dials.Load()
+		answers.Store(0)
+		failed.Store(0)
+		const d = 3 * time.Second
+		load(d)
+		t.Logf("%d answers, %d refused, %d connections tried", answers.Load(), failed.Load(), dials.Load()-before)
+		if n := dials.Load() - before; n > 10*replicas*int64(d/time.Second) || failed.Load() > 0 {
+			t.Errorf("%d connections were tried in %v, and %d of %d lookups not answered", n, d, failed.Load(), answers.Load())
+		}
+	}
+}
+
 // TestRecordsFromRedisAreJudged: a record that comes out of Redis, put there late
 // or put back, is out of date for whoever has heard of the change.
 func TestRecordsFromRedisAreJudged(t *testing.T) {
@@ -513,17 +591,35 @@ func TestUnknownAnnouncement(t *testing.T) {
 	testservers.Long(t)
 	t.Parallel()
 	f := world.NewFleet(t, 1, nil)
-	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677", "group 7 staff", "all 7 staff", "beat 7 AAAA", "key 7 xyz"} {
+	stats := f.Replicas[0].Cache.Stats
+	// Without a transaction the session is at its end.
+	for _, payload := range []string{"", "nonsense", "key", "key x 0011223344556677", "key 0 0011223344556677"} {
 		testservers.Exec(t, f.Pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
 		world.WaitFor(t, func() bool {
-			err := f.Replicas[0].Cache.Stats().FeedErr
-			return err != nil && strings.HasSuffix(err.Error(), fmt.Sprintf("of unknown form: %q", payload))
+			err := stats().FeedErr
+			return err != nil && strings.HasSuffix(err.Error(), fmt.Sprintf("an announcement without a transaction: %q", payload))
 		})
-		world.WaitFor(t, func() bool { return f.Replicas[0].Cache.Stats().FeedLive })
+		world.WaitFor(t, func() bool { return stats().FeedLive })
+	}
+	// Of what is not known the session does not end, and changes take effect as soon as ever.
+	ended := stats().FeedErr
+	for n, payload := range []string{"group 7 staff", "key 7 xyz", "plan 7 my organisation", "beat 7"} {
+		testservers.Exec(t, f.Pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
+		world.WaitFor(t, func() bool { return stats().Unknown == uint64(n+1) })
+		apiKey, org := f.Enrol(t, world.Live, world.Paid)
+		f.Replicas[0].WantCode(t, apiKey, world.Admitted)
+		testservers.Exec(t, f.Pool, `UPDATE api_keys SET active = false WHERE id = $1`, org.KeyID)
+		world.WaitFor(t, func() bool { return f.Replicas[0].Ask(apiKey) == world.Invalid })
+	}
+	for _, payload := range []string{"all 7 staff", "?group 7 staff"} { // of later versions
+		testservers.Exec(t, f.Pool, `SELECT pg_notify($1, $2)`, feed.Channel, payload)
+	}
+	if got := stats(); !errors.Is(got.FeedErr, ended) || !got.FeedLive || got.Unknown != 4 {
+		t.Errorf("%+v, want the session as it was", got)
 	}
 	// Anybody's beat is as good as ours.
 	before := f.Replicas[0].Cache.Stats()
-	testservers.Exec(t, f.Pool, `SELECT pg_notify($1, 'beat ' || pg_current_xact_id()::text)`, feed.Channel)
+	testservers.Exec(t, f.Pool, `SELECT pg_notify($1, '?beat ' || pg_current_xact_id()::text)`, feed.Channel)
 	apiKey, _ := f.Enrol(t, world.Live, world.Paid)
 	f.Replicas[0].WantCode(t, apiKey, world.Admitted)
 	if got := f.Replicas[0].Cache.Stats(); !errors.Is(got.FeedErr, before.FeedErr) || !got.FeedLive {

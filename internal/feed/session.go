@@ -21,6 +21,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/trackpilots/apikey/internal/clock"
+	"github.com/trackpilots/apikey/internal/pg"
 	"github.com/trackpilots/apikey/internal/snapshot"
 )
 
@@ -29,6 +30,7 @@ const (
 	readAtLeast    = time.Second // the longest time between reads, which announce if the announcer is gone, unless the announcer is slower
 	quietPerLease  = 4           // a beat is sent after a lease/quietPerLease without announcements
 	closeTimeout   = time.Second
+	maxGivenUp     = 8                // connections of the pool that are closed for a session, if the server refuses it one
 	connectTimeout = 10 * time.Second // to connect and begin, which takes about six round trips
 
 	// farAhead is more transactions than a server begins between two reads. Announcements
@@ -118,6 +120,13 @@ func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 		}
 	}
 	conn, err := pgx.ConnectConfig(ctx, config)
+	for range maxGivenUp {
+		// Hearing of changes is worth more than one more lookup at a time.
+		if !pg.IsRefusal(err) || !pg.GiveUp(ctx, pool) {
+			break
+		}
+		conn, err = pgx.ConnectConfig(ctx, config)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}

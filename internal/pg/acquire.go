@@ -3,6 +3,7 @@ package pg
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,36 +18,119 @@ import (
 
 const (
 	tooManyConnections = "53300" // SQLSTATE too_many_connections
-	waitForFree        = 5 * time.Millisecond
-	maxTries           = 200
+
+	// knockEvery is how often a server is asked for a connection when it has refused one, since
+	// each attempt makes it start a process. knockEvery is about the mean of what is waited.
+	knockEvery  = time.Second
+	waitForFree = 2 * time.Millisecond
 )
+
+// A limit remembers that the server refuses further connections.
+type limit struct {
+	mu      sync.Mutex
+	refusal error     // nil: it does not
+	conns   int32     // that the pool had then
+	until   time.Time // when to try again
+}
+
+// refused returns the refusal, and nil to one who may try again after a while.
+func (l *limit) refused() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.refusal != nil && time.Now().After(l.until) {
+		l.until = nextKnock()
+		return nil
+	}
+	return l.refusal
+}
+
+// set notes that an attempt was refused when the pool had so many connections.
+func (l *limit) set(refusal error, conns int32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.refusal, l.conns, l.until = refusal, conns, nextKnock()
+}
+
+// lift notes how many connections the pool has. If there are more than when the server refused
+// one, it may give more.
+func (l *limit) lift(conns int32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.refusal != nil && conns > l.conns {
+		l.refusal = nil
+	}
+}
+
+// is reports whether the last attempt was refused.
+func (l *limit) is() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.refusal != nil
+}
+
+func nextKnock() time.Time { return time.Now().Add(knockEvery/2 + rand.N(knockEvery)) }
+
+// IsRefusal reports whether err is a server's refusal of one more connection.
+func IsRefusal(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && e.Code == tooManyConnections
+}
 
 // acquire takes a connection from pool. If the server refuses further connections, it waits
 // for one that the pool already has.
-func acquire(ctx context.Context, pool *pgxpool.Pool) (*pgxpool.Conn, error) {
-	var refusal error // the server's word: more than that our time is over
-	for tries := 0; ; tries++ {
-		conn, err := pool.Acquire(ctx)
-		if err == nil {
-			return conn, nil
-		}
-		e, ok := errors.AsType[*pgconn.PgError](err)
-		switch refused := ok && e.Code == tooManyConnections; {
-		case refused:
+func (l *limit) acquire(ctx context.Context, pool *pgxpool.Pool) (*pgxpool.Conn, error) {
+	for {
+		refusal := l.refused()
+		if refusal == nil {
+			conn, err := pool.Acquire(ctx)
+			switch {
+			case err == nil:
+				l.lift(pool.Stat().TotalConns())
+				return conn, nil
+			case !IsRefusal(err):
+				return nil, err
+			}
 			refusal = err
-		case ctx.Err() != nil && refusal != nil:
-			return nil, refusal
-		default:
-			return nil, err
+			l.set(err, pool.Stat().TotalConns())
 		}
-		if pool.Stat().TotalConns() == 0 || tries == maxTries {
-			return nil, err
+		if conn := idle(ctx, pool); conn != nil {
+			return conn, nil
 		}
 		select {
 		case <-time.After(waitForFree):
 		case <-ctx.Done():
+			return nil, refusal // the server's word: more than that our time is over
 		}
 	}
+}
+
+// idle returns a connection that the pool has and nobody uses, or nil.
+func idle(ctx context.Context, pool *pgxpool.Pool) *pgxpool.Conn {
+	if pool.Stat().IdleConns() == 0 {
+		return nil
+	}
+	conns := pool.AcquireAllIdle(ctx)
+	if len(conns) == 0 {
+		return nil
+	}
+	for _, conn := range conns[1:] {
+		conn.Release()
+	}
+	return conns[0]
+}
+
+// GiveUp closes a connection of pool that nobody uses, so that the server has one more for others.
+// It returns false if there is none, or it is the last one of the pool.
+func GiveUp(ctx context.Context, pool *pgxpool.Pool) bool {
+	if pool.Stat().TotalConns() < 2 {
+		return false
+	}
+	conn := idle(ctx, pool)
+	if conn == nil {
+		return false
+	}
+	_ = conn.Hijack().Close(ctx)
+	return true
 }
 
 // An asker finds out whether a server is there when a lookup has got no connection from the
@@ -104,7 +188,7 @@ type asking struct {
 
 // begin is called when a lookup begins. If it has no connection when a quarter of its time is
 // over, the server is asked.
-func (a *asker) begin(ctx context.Context, db DB) *asking {
+func (a *asker) begin(ctx context.Context, db DB, l *limit) *asking {
 	s := &asking{ctx: ctx, began: time.Now()}
 	deadline, limited := ctx.Deadline()
 	pool, pooled := db.(*pgxpool.Pool)
@@ -112,7 +196,11 @@ func (a *asker) begin(ctx context.Context, db DB) *asking {
 		return s
 	}
 	s.patient = deadline.Sub(s.began) / 4
-	s.timer = time.AfterFunc(s.patient, func() { s.question.Store(a.ask(s.began, deadline, pool)) })
+	s.timer = time.AfterFunc(s.patient, func() {
+		if !l.is() { // else it has said so
+			s.question.Store(a.ask(s.began, deadline, pool))
+		}
+	})
 	return s
 }
 

@@ -15,6 +15,7 @@ import (
 type Reader struct {
 	db    DB
 	asker asker
+	limit limit
 }
 
 // NewReader returns a Reader of db.
@@ -32,24 +33,44 @@ type Lookup struct{ One, Many string }
 // columns set; if a statement has to be run again, it may do so twice for a row. The class of
 // the error says whether it is an outage: see package outage.
 func LookUp[S any](ctx context.Context, r *Reader, l Lookup, subjects []S, columns []any, each func()) error {
-	asked := r.asker.begin(ctx, r.db)
+	asked := r.asker.begin(ctx, r.db, &r.limit)
 	defer asked.end()
-	db := r.db
-	var conn *pgx.Conn // nil: not known
-	switch d := db.(type) {
-	case *pgxpool.Pool:
-		pooled, err := acquire(ctx, d)
+	pool, pooled := r.db.(*pgxpool.Pool)
+	if !pooled {
+		conn := connOf(r.db)
+		asked.connected()
+		return asked.judge(lookUp(ctx, r.db, conn, l, subjects, columns, each))
+	}
+	for tries := pool.Config().MaxConns; ; tries-- {
+		conn, err := r.limit.acquire(ctx, pool)
 		if err != nil {
 			return asked.judge(err)
 		}
-		defer pooled.Release()
-		db, conn = pooled, pooled.Conn()
-	case *pgx.Conn:
-		conn = d
-	case pgx.Tx:
-		conn = d.Conn()
+		asked.connected()
+		err = lookUp(ctx, conn, conn.Conn(), l, subjects, columns, each)
+		dead := err != nil && conn.Conn().IsClosed()
+		conn.Release()
+		// The pool does not notice that the server has closed its connections, as it has all of them
+		// when it was started again. That says nothing about the server: another one is tried, or made.
+		if !dead || ctx.Err() != nil || tries <= 0 {
+			return asked.judge(err)
+		}
 	}
-	asked.connected()
+}
+
+// connOf returns the connection of db; nil: not known.
+func connOf(db DB) *pgx.Conn {
+	switch d := db.(type) {
+	case *pgx.Conn:
+		return d
+	case pgx.Tx:
+		return d.Conn()
+	}
+	return nil
+}
+
+// lookUp is LookUp on a connection; conn may be nil.
+func lookUp[S any](ctx context.Context, db DB, conn *pgx.Conn, l Lookup, subjects []S, columns []any, each func()) error {
 	statement, arg := l.Many, any(subjects)
 	if len(subjects) == 1 {
 		statement, arg = l.One, subjects[0]
@@ -75,7 +96,7 @@ func LookUp[S any](ctx context.Context, r *Reader, l Lookup, subjects []S, colum
 		err = query(pgx.QueryExecModeExec, arg)
 	}
 	if err != nil {
-		return asked.judge(err)
+		return err
 	}
 	if conn != nil && conn.PgConn().PID() == pid {
 		conn.PgConn().CustomData()[unpooledKey] = true

@@ -1,6 +1,7 @@
 package readthrough
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync/atomic"
@@ -30,9 +31,13 @@ const (
 type Store[S comparable, V any] struct {
 	batches *batch.Batcher[S, reading[V]]
 	adopt   func(*Record[V])
-	origin  *atomic.Int64 // the snapshot.Origin of what it last read
-	stamps  bool          // it reports origins
+	tables  *Tables
+	stamps  bool // it reports origins
 }
+
+// Tables are those that a store reads, or several stores on one database. They are known after
+// the first read.
+type Tables struct{ origin atomic.Int64 } // the snapshot.Origin of what was last read
 
 // A reading is a record and the tables that it was read from.
 type reading[V any] struct {
@@ -40,10 +45,9 @@ type reading[V any] struct {
 	origin snapshot.Origin
 }
 
-// owns reports whether origin is known to be that of the store's tables, which are known after the
-// first read.
+// owns reports whether origin is known to be that of the store's tables.
 func (s *Store[S, V]) owns(origin snapshot.Origin) bool {
-	return origin == snapshot.Origin(s.origin.Load()) && (origin != 0 || !s.stamps)
+	return origin == snapshot.Origin(s.tables.origin.Load()) && (origin != 0 || !s.stamps)
 }
 
 // A Reader reads facts of type F. One and Many report stamps: see [snapshot.Report].
@@ -54,6 +58,7 @@ type Reader[S comparable, V, F any] struct {
 	Trusted bool                                                     // a store of this module: it returns when its context ends, and reports stamps
 	Fill    func(*Record[V], F)                                      // sets the value of a record
 	Adopt   func(*Record[V])                                         // changes a record that comes from Redis; nil: nothing to change
+	Tables  *Tables                                                  // shared with another store; nil: it is not
 }
 
 // NewStore returns a Store that reads records for a layer.
@@ -91,7 +96,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 			l.shared.Logger.Warn("apikey: a store is not asked, since it failed several times in a row", "store", r.Name, "error", fault.Load())
 		},
 		func() { l.shared.Logger.Info("apikey: a store is asked again", "store", r.Name) })
-	origin := new(atomic.Int64)
+	tables := cmp.Or(r.Tables, new(Tables))
 	read := func(ctx context.Context, subjects []S) ([]reading[V], error) {
 		stats.Batches.Add(1)
 		stats.Reads.Add(uint64(len(subjects)))
@@ -107,7 +112,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 		if collector.Standby() {
 			stats.Standby.Add(uint64(len(subjects)))
 		}
-		origin.Store(int64(collector.Origin()))
+		tables.origin.Store(int64(collector.Origin()))
 		readings := make([]reading[V], len(subjects))
 		for i, subject := range subjects {
 			rec := l.NewRecord(subject, stamp)
@@ -121,7 +126,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 	}
 	return &Store[S, V]{
 		adopt:  r.Adopt,
-		origin: origin,
+		tables: tables,
 		stamps: r.Trusted,
 		batches: batch.New(limits, &stats.Queue, func(ctx context.Context, subjects []S) ([]reading[V], error) {
 			send := func() ([]reading[V], error) { return read(ctx, subjects) }
