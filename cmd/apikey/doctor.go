@@ -218,6 +218,14 @@ func checkAnnouncements(ctx context.Context, pool *pgxpool.Pool) (state, detail 
 		return "", "", err
 	}
 	defer listener.Close(context.WithoutCancel(ctx))
+	var pid uint32
+	if err := listener.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
+		return "", "", err
+	}
+	if pid != listener.PgConn().PID() { // LISTEN would stay behind on the connection of others
+		return stateFault, "a pooler is in between, which does not deliver announcements: give Watch a URL that leads to PostgreSQL directly. " +
+			"Without Watch changes are noticed after MaxStaleness", nil
+	}
 	if _, err := listener.Exec(ctx, "LISTEN "+channel); err != nil {
 		return "", "", err
 	}
@@ -226,8 +234,8 @@ func checkAnnouncements(ctx context.Context, pool *pgxpool.Pool) (state, detail 
 		return "", "", err
 	}
 	if _, err := listener.WaitForNotification(ctx); err != nil {
-		return stateFault, fmt.Sprintf("a NOTIFY did not arrive within %v: is a pooler in transaction mode in between? "+
-			"Then changes are noticed after MaxStaleness", wait), nil //nolint:nilerr // the finding tells
+		return stateFault, fmt.Sprintf("a NOTIFY did not arrive within %v: is the notification queue full, or a pooler in between? "+
+			"Changes are noticed after MaxStaleness", wait), nil //nolint:nilerr // the finding tells
 	}
 	return stateOK, fmt.Sprintf("a NOTIFY arrives after %v", time.Since(start).Round(10*time.Microsecond)), nil
 }

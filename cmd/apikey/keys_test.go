@@ -463,8 +463,15 @@ func TestDoctor(t *testing.T) {
 	t.Run("PgBouncer", func(t *testing.T) {
 		t.Parallel()
 		s := shell{databaseURL: testservers.PgBouncer(t, testservers.PostgresURL(t)) + "&default_query_exec_mode=simple_protocol"}
-		if out, _, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(out, "is a pooler in transaction mode in between?") {
+		if out, _, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(out, "a pooler is in between") {
 			t.Errorf("doctor says %d\n%s", status, out)
+		}
+		shared := testservers.Pool(t, s.databaseURL) // the connections to PostgreSQL that it leaves behind
+		for range 20 {
+			var listens int
+			if err := shared.QueryRow(t.Context(), `SELECT count(*) FROM pg_listening_channels()`).Scan(&listens); err != nil || listens > 0 {
+				t.Fatalf("a connection that others share listens to %d channels, %v", listens, err)
+			}
 		}
 	})
 	t.Run("PostgreSQL away", func(t *testing.T) {
