@@ -411,6 +411,66 @@ func TestOutboxOfOthers(t *testing.T) {
 	}
 }
 
+// TestWriterRole: a role that may write keys, plans and tiers, and has no rights on the outbox, writes
+// them, and every change is announced.
+func TestWriterRole(t *testing.T) {
+	pool := testservers.Postgres(t)
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	testservers.Exec(t, pool, `CREATE ROLE writes_only; GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON api_keys, api_key_uses, org_plans, plan_catalogue TO writes_only`)
+	defer testservers.Exec(t, pool, `DROP OWNED BY writes_only; DROP ROLE writes_only`)
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes; SET ROLE writes_only`); err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{
+		`INSERT INTO plan_catalogue VALUES ('starter', true)`, `UPDATE plan_catalogue SET api_access = false`, `INSERT INTO org_plans (org_id, plan, status) VALUES ('o', 'starter', 'active')`,
+		`UPDATE org_plans SET status = 'past_due'`, `INSERT INTO api_keys (org_id, key_hash) SELECT 'o', sha256(i::text::bytea) FROM generate_series(1, 3000) i`, `UPDATE api_keys SET active = false`,
+		`DELETE FROM api_keys`, `TRUNCATE api_keys CASCADE`, `DELETE FROM org_plans`, `TRUNCATE org_plans`, `DELETE FROM plan_catalogue`, `TRUNCATE plan_catalogue CASCADE`,
+	} {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Errorf("%s: %v", sql, err)
+		}
+		if got := announced(t, conn, pool); len(got) == 0 {
+			t.Errorf("%s is not announced", sql)
+		}
+	}
+}
+
+// TestTidy: while a replica announces, old rows are left to it.
+func TestTidy(t *testing.T) {
+	pool := testservers.Postgres(t)
+	old := func() (n int) {
+		t.Helper()
+		testservers.Exec(t, pool, `SELECT apikey_tidy()`)
+		if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM apikey_outbox WHERE at < now() - interval '1 hour'`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind, subject, at) SELECT 'plan', i, now() - interval '2 hours' FROM generate_series(1, 15000) i`)
+	announcer, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := announcer.Exec(t.Context(), `SELECT pg_advisory_lock(1634757477, hashtext('apikey_outbox'::regclass::oid::text))`); err != nil {
+		t.Fatal(err)
+	}
+	if n := old(); n != 15000 {
+		t.Errorf("%d of 15,000 rows are left beside an announcer", n)
+	}
+	if err := announcer.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); old() > 0; {
+		if time.Now().After(deadline) {
+			t.Fatal("old rows stay although nobody announces")
+		}
+	}
+}
+
 // TestJunkInTheOutbox: whatever is in the outbox, announcing goes on, and what nobody can read
 // counts as a change of everything.
 func TestJunkInTheOutbox(t *testing.T) {

@@ -433,6 +433,54 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
+// TestFarAhead: an announcement of a transaction that is far from being made is looked into at once,
+// and more announcements than can be verified end the session.
+func TestFarAhead(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
+	f := world.NewFleet(t, 1, &apikey.CacheOptions{MaxStaleness: 10 * time.Minute})
+	testservers.Exec(t, f.Pool, `UPDATE apikey_settings SET announce_every = '1 minute'`)
+	time.Sleep(2 * time.Second) // from now on there is a read in 50 s
+	stats := f.Replicas[0].Cache.Stats
+	before := stats()
+	testservers.Exec(t, f.Pool, `SELECT pg_notify($1, 'keys ' || (1::bigint << 40))`, feed.Channel)
+	start := time.Now()
+	world.WaitFor(t, func() bool { return stats().Forged == before.Forged+1 })
+	if took := time.Since(start); took > 20*time.Second {
+		t.Errorf("it was found to be forged after %v", took)
+	}
+	if s := stats(); s.FeedErr != nil {
+		t.Errorf("the session has ended: %v", s.FeedErr)
+	}
+
+	f = world.NewFleet(t, 1, &apikey.CacheOptions{MaxStaleness: 10 * time.Minute})
+	stats = f.Replicas[0].Cache.Stats
+	testservers.Exec(t, f.Pool, `SELECT count(pg_notify($1, format('key %s 00112233445566%s', pg_current_xact_id()::text::bigint + 1000 + i / 100, lpad(to_hex(i % 100), 2, '0')))) FROM generate_series(1, 100100) i`, feed.Channel)
+	world.WaitFor(t, func() bool {
+		err := stats().FeedErr
+		return err != nil && strings.Contains(err.Error(), "more is announced than can be verified")
+	})
+	world.WaitFor(t, func() bool { return stats().FeedLive })
+}
+
+// TestHalfOpen: the connection that listens is dead, and nothing says so. It is given up, and another
+// one takes its place, long before TCP would notice.
+func TestHalfOpen(t *testing.T) {
+	testservers.Long(t)
+	t.Parallel()
+	w := world.NewPostgres(t)
+	address, proxy := testservers.ProxyPostgres(t, w.Pool.Config().ConnString())
+	pool := testservers.Pool(t, address)
+	r := world.NewWatchedReplica(t, pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: 2 * time.Second})
+	proxy.Set(t, testservers.Frozen)
+	world.WaitFor(t, func() bool {
+		err := r.Cache.Stats().FeedErr
+		return err != nil && strings.Contains(err.Error(), "nothing came from the server for")
+	})
+	proxy.Set(t, testservers.Healthy)
+	world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
+}
+
 // TestFewConnectionsForMany: replicas whose pools may have more connections than the server gives them
 // all. They do not knock at it all the time, lookups are answered, and when the server comes back all
 // replicas hear announcements again.

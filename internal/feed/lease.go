@@ -70,7 +70,7 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 			present.ended = asked
 			l.runs = append(slices.DeleteFunc(l.runs, func(r *run) bool { return r != present && r.ended.Age(asked) > l.life }), newRun(server))
 		} else { // what was announced in another history refutes nothing any more
-			l.history, l.runs, v.ended = history, []*run{newRun(server)}, nil
+			l.history, l.runs, v.session, v.ended = history, []*run{newRun(server)}, nil, nil
 		}
 		v.servers = nil
 		for _, r := range l.runs {

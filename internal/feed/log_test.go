@@ -229,6 +229,20 @@ func TestForged(t *testing.T) {
 	}
 }
 
+// TestForgedOverflow: what is forged is dropped, too, when there are too many topics to tell apart.
+func TestForgedOverflow(t *testing.T) {
+	l := newLog()
+	l.Begin("history", seen(t, 100), at(0))
+	for i := range uint64(capacity) {
+		l.Announce(KeyTopic(i+1), 1<<40, at(time.Second))
+	}
+	l.Announce(KeyTopic(1<<60), 1<<41, at(time.Second))
+	l.Reached(seen(t, 120), at(2*time.Second))
+	if l.Refuted(seen(t, 110), KeyTopic(1<<61)) {
+		t.Errorf("everything is refuted by what is false, of which %d were found", l.Forged())
+	}
+}
+
 // TestForgedInProgress: a transaction that is announced before it is committed is forged, too. It
 // would refute every record for as long as somebody leaves it open.
 func TestForgedInProgress(t *testing.T) {
@@ -380,6 +394,18 @@ func TestHistories(t *testing.T) {
 	if l.Epoch(0) == epoch {
 		t.Error("records are not judged anew")
 	}
+	for _, ended := range []bool{true, false} { // the lease of a session ends with its history
+		l = newLog()
+		l.Begin("a", old, at(0))
+		l.Renew(at(0))
+		if ended {
+			l.End(nil)
+		}
+		l.Begin("b", other, at(time.Second))
+		if l.Vouched(old, 0, at(time.Second), false) {
+			t.Errorf("a session that has ended (%v) vouches for records of its history after another one has come", ended)
+		}
+	}
 }
 
 // TestMismatch: if the stores read from another server than the one that announces,
@@ -401,6 +427,19 @@ func TestMismatch(t *testing.T) {
 	l.End(ErrOtherServer)
 	if l.Vouched(seen(t, 60).On(1), 0, at(0), false) {
 		t.Error("something is vouched for after the end")
+	}
+
+	l = newLog() // an earlier session of the server vouches for nothing either
+	l.Begin("history", seen(t, 51).On(1), at(0))
+	l.Renew(at(0))
+	l.End(nil)
+	l.Begin("history", seen(t, 70).On(1), at(time.Second))
+	if !l.Vouched(seen(t, 60).On(1), 0, at(time.Second), false) {
+		t.Error("the lease of the earlier session is lost")
+	}
+	l.Read(2)
+	if l.Vouched(seen(t, 60).On(1), 0, at(time.Second), false) {
+		t.Error("an earlier session vouches although the stores read elsewhere")
 	}
 }
 

@@ -128,3 +128,14 @@ func TestSecondLook(t *testing.T) {
 		t.Errorf("%d lookups, want 1", lookups)
 	}
 }
+
+// TestLater: of two records that are both past their time, the later one counts, whichever was asked
+// for first: the earlier may admit a key that the later knows to be dead.
+func TestLater(t *testing.T) {
+	earlier, later2 := &Record[string]{Stamp: Stamp{ReadAt: clock.At(time.Unix(1, 0))}}, &Record[string]{Stamp: Stamp{ReadAt: clock.At(time.Unix(2, 0))}}
+	for _, c := range [][3]*Record[string]{{earlier, later2, later2}, {later2, earlier, later2}, {nil, earlier, earlier}, {earlier, nil, earlier}, {nil, nil, nil}} {
+		if got := later(c[0], c[1]); got != c[2] {
+			t.Errorf("the later of %v and %v is %v", c[0], c[1], got)
+		}
+	}
+}

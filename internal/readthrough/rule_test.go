@@ -104,6 +104,7 @@ func TestRule(t *testing.T) {
 		"session ended":                     {then(live, end), "60:60:", vouched}, // until the lease runs out
 		"session ended long ago":            {then(begin, renew(11*time.Second), end), "60:60:", byAge},
 		"session ended, announced before":   {then(live, announce(60), end), "60:60:", never},
+		"session ended, read before it":     {then(live, end), "50:50:", byAge},
 		"new session, seen by the old only": {then(begin, renew(11*time.Second), end, func(l *feed.Log) { l.Begin("history", parseSnapshot(t, "70:70:"), ago(0)) }, renew(0)), "60:60:", byAge},
 		"another server":                    {func(l *feed.Log) { l.Begin("history", parseSnapshot(t, "51:51:").On(7), ago(0)); l.Renew(ago(0)) }, "60:60:", byAge},
 		"another history, announced":        {then(func(l *feed.Log) { l.Begin("other", parseSnapshot(t, "51:51:").On(7), ago(0)) }, renew(0), announce(70)), "60:60:", byAge},
