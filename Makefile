@@ -5,6 +5,8 @@ LINT     = go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 FUZZ     = FuzzKey:./internal/bearer FuzzDecoder:./internal/sealed FuzzParse:./internal/snapshot
 FUZZTIME = 50000x
 
+MUTANTS  = internal/batch internal/snapshot internal/sealed internal/readthrough internal/feed admin
+GREMLINS = go run github.com/go-gremlins/gremlins/cmd/gremlins@v0.6.0
 SOAK     = 2m
 BASE     = $(shell git describe --tags --abbrev=0)
 APIDIFF  = go run golang.org/x/exp/cmd/apidiff@v0.0.0-20260410095643-746e56fc9e2f
@@ -14,7 +16,7 @@ COMPARE  = -write -cold=500 -stampede=1000 -revokings=20 -limit=1m \
 	-load.keys=100000 -storm.keys=10000 -storm.rate=4000 -storm.for=5s \
 	-fleet.sizes=50,100,200,400 -fleet.for=10s
 
-.PHONY: test servers lint fuzz soak flood bench screenshot api benchstat api-beside benchstat-beside demo
+.PHONY: test servers lint fuzz mutants soak flood bench screenshot api benchstat api-beside benchstat-beside demo
 
 test: export CI = true
 test: servers
@@ -30,6 +32,10 @@ lint:
 
 fuzz:
 	set -e; for f in $(FUZZ); do go test -run='^$$' -fuzz="^$${f%%:*}$$" -fuzztime=$(FUZZTIME) -fuzzminimizetime=100x $${f#*:}; done
+
+# Changes single lines of packages, and says which changes their own tests do not notice. It takes long.
+mutants: servers
+	set -e; for p in $(MUTANTS); do $(GREMLINS) unleash --workers 1 --timeout-coefficient 20 ./$$p; done
 
 # Random faults and random changes under load, for as long as SOAK says.
 soak: servers
