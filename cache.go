@@ -242,11 +242,15 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	c.plans = readthrough.NewLayer(&c.shared, readthrough.Kind[string, Plan]{
 		Name: func(orgID string) string { return root + "plan:" + orgID },
 		Hash: func(orgID string) uint64 { return maphash.String(seed, orgID) },
-		Topics: func(orgID string, p *Plan) (feed.Topic, feed.Topic) {
-			if p.Name == "" { // absent
-				return feed.PlanTopic(orgID), feed.NewPlansTopic()
+		Topics: func(orgID string, p *Plan) [3]feed.Topic {
+			own := feed.PlanTopic(orgID)
+			switch {
+			case p.Name == "": // absent
+				return [3]feed.Topic{own, own, feed.NewPlansTopic()}
+			case p.AllowsAPI(time.Now()):
+				return [3]feed.Topic{own, own, feed.TierTopic(p.Name)}
 			}
-			return feed.PlanTopic(orgID), feed.TierTopic(p.Name)
+			return [3]feed.Topic{own, feed.NewPlansTopic(), feed.TierTopic(p.Name)} // it may be deleted unnoticed, and made anew
 		},
 		Admits: func(p *Plan, now time.Time) bool { return p.AllowsAPI(now) },
 		Same:   func(a, b *Plan) bool { return a.equal(*b) },
@@ -257,11 +261,15 @@ func NewCache(rdb redis.UniversalClient, secret []byte, opts *CacheOptions) *Cac
 	c.keys = readthrough.NewLayer(&c.shared, readthrough.Kind[KeyHash, keyFacts]{
 		Name: func(h KeyHash) string { return root + "key:" + hex.EncodeToString(h[:]) },
 		Hash: keyID,
-		Topics: func(h KeyHash, k *keyFacts) (feed.Topic, feed.Topic) {
-			if k.OrgID == "" { // absent
-				return feed.KeyTopic(keyID(h)), feed.NewKeysTopic()
+		Topics: func(h KeyHash, k *keyFacts) [3]feed.Topic {
+			own := feed.KeyTopic(keyID(h))
+			switch {
+			case k.OrgID == "": // absent
+				return [3]feed.Topic{own, own, feed.NewKeysTopic()}
+			case k.Live(time.Now()):
+				return [3]feed.Topic{own, own, feed.KeysOfTopic(k.OrgID)}
 			}
-			return feed.KeyTopic(keyID(h)), feed.KeysOfTopic(k.OrgID)
+			return [3]feed.Topic{own, feed.NewKeysTopic(), feed.KeysOfTopic(k.OrgID)} // it may be deleted unnoticed, and made anew
 		},
 		Admits: func(k *keyFacts, now time.Time) bool { return k.Live(now) },
 		Same:   func(a, b *keyFacts) bool { return a.equal(b.Key) },

@@ -46,7 +46,7 @@ COMMENT ON COLUMN org_plans.ends_at IS 'First instant at which the plan no longe
 -- changing a key does not wait for the recording of uses.
 CREATE TABLE api_key_uses (
     key_id       uuid        PRIMARY KEY REFERENCES api_keys (id) ON UPDATE CASCADE ON DELETE CASCADE,
-    last_used_at timestamptz NOT NULL
+    last_used_at timestamptz NOT NULL CHECK (isfinite(last_used_at))
 ) WITH (fillfactor = 80);
 
 -- Every change of a column that authentication reads leaves a row in the outbox, and is
@@ -113,7 +113,8 @@ EXECUTE format($format$
 -- apikey_announce announces what was committed and not announced yet, and returns a snapshot.
 -- Everything that this snapshot sees was announced, by this call or by a transaction that has
 -- committed before: it waits for others that are announcing. It also returns the milliseconds
--- after which it should be called again. Later versions may add columns.
+-- after which it should be called again. Later versions may add columns. It must not be called
+-- in a transaction that has written: its snapshot would see changes that are still to come.
 CREATE FUNCTION %1$I.apikey_announce(OUT snapshot text, OUT again_after integer)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -124,15 +125,22 @@ DECLARE
     running    xid8[];
     since      xid8;
     waiting    bigint;
+    announced  bigint;
+    restored   boolean; -- the place is that of another server
 BEGIN
+    IF pg_current_xact_id_if_assigned() IS NOT NULL THEN
+        RAISE 'apikey_announce is called in a transaction that has written: call it in one of its own';
+    END IF;
     snapshot := now_seen;
     SELECT extract(epoch FROM announce_every) * 1000 INTO again_after FROM %1$I.apikey_settings WHERE one;
     again_after := coalesce(again_after, 20);
 
     SELECT * INTO place FROM %1$I.apikey_announced WHERE one;
     FOR attempt IN 1..2 LOOP -- without the lock, then with it
-        IF place.seen IS NULL OR pg_snapshot_xmax(place.seen) > upto THEN -- the latter is of another server
+        restored := coalesce(greatest(pg_snapshot_xmax(place.seen), pg_snapshot_xmax(place.leftover)) > upto, false);
+        IF place.seen IS NULL OR restored THEN
             place.seen := '1:1:';
+            place.leftover := NULL;
         END IF;
         running := ARRAY(SELECT pg_snapshot_xip(place.seen));
         since := pg_snapshot_xmax(place.seen);
@@ -140,7 +148,7 @@ BEGIN
             SELECT 1 FROM %1$I.apikey_outbox WHERE xid = ANY (running)
             UNION ALL SELECT 1 FROM %1$I.apikey_outbox WHERE xid >= since AND xid < upto
             LIMIT one_by_one + 1) AS w;
-        IF waiting = 0 AND place.leftover IS NULL THEN
+        IF waiting = 0 AND place.leftover IS NULL AND NOT restored THEN
             RETURN;
         END IF;
         IF attempt = 1 THEN
@@ -160,13 +168,18 @@ BEGIN
     WITH older AS (DELETE FROM %1$I.apikey_outbox WHERE xid = ANY (running) RETURNING kind, xid, subject),
     newer AS (DELETE FROM %1$I.apikey_outbox WHERE xid >= since AND xid < upto RETURNING kind, xid, subject)
     SELECT count(pg_notify('apikey_changes', CASE WHEN kind ~ '^[?]?[a-z-]{1,62}$' AND subject ~ '^[A-Za-z0-9_.:-]{0,255}$'
-        THEN concat_ws(' ', kind, xid, nullif(subject, '')) ELSE 'all ' || xid END)) INTO waiting
+        THEN concat_ws(' ', kind, xid, nullif(subject, '')) ELSE 'all ' || xid END)) INTO announced
     FROM (SELECT * FROM older UNION ALL SELECT * FROM newer) AS gone;
+    IF announced < waiting THEN -- apikey_tidy has taken some, and what stands for them is for the next call
+        PERFORM pg_notify('apikey_changes', 'all ' || pg_current_xact_id());
+    END IF;
     -- Now and then, since old versions of this row cannot be vacuumed either.
-    IF random() < waiting / 500.0 THEN
-        UPDATE %1$I.apikey_announced SET seen = now_seen WHERE one;
+    IF restored OR random() < announced / 500.0 THEN
+        UPDATE %1$I.apikey_announced SET seen = now_seen, leftover = place.leftover WHERE one;
     END IF;
     IF place.leftover IS NOT NULL THEN
+        -- A transaction that has notified cannot be prepared, and so keep others waiting for ever.
+        PERFORM pg_notify('apikey_changes', '?cleared ' || pg_current_xact_id());
         DELETE FROM %1$I.apikey_outbox WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM %1$I.apikey_outbox
             WHERE xid < pg_snapshot_xmax(place.leftover) AND pg_visible_in_snapshot(xid, place.leftover) ORDER BY xid LIMIT one_by_one));
@@ -269,6 +282,9 @@ END $$;
 -- rows by one that covers them all: "all" with its own transaction, which is newer.
 CREATE FUNCTION %1$I.apikey_tidy() RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RETURN; -- the writer would fail if another one does the same
+    END IF;
     IF EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = 1634757477 AND granted
             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
             AND objid = hashtext((SELECT c.oid::text FROM pg_class c WHERE relname = 'apikey_outbox' AND relnamespace = quote_ident(%1$L)::regnamespace))::oid) THEN

@@ -46,7 +46,8 @@ const lockID = 0x6170696b6579 // "apikey"
 // and has no other rights, and not a superuser: functions of the migrations run with the
 // rights of the role that has applied them.
 func Apply(ctx context.Context, db DB) error {
-	missing, err := Missing(ctx, db)
+	missing, err := missing(ctx, db, `(SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = pg_catalog.current_schema() AND c.relname = 'apikey_migrations'::pg_catalog.name)`)
 	if err != nil || len(missing) == 0 {
 		return err
 	}
@@ -112,42 +113,62 @@ var unreleased = []string{"0001_init.sql", "0002_announcements.sql", "0003_key_e
 // an error if there are tables of the same names that Apply has not created. It only reads,
 // and needs SELECT on apikey_migrations.
 func Missing(ctx context.Context, db DB) ([]string, error) {
+	return missing(ctx, db, `pg_catalog.to_regclass('apikey_migrations')::pg_catalog.oid`)
+}
+
+// missing is Missing with an expression for the oid of apikey_migrations, NULL if there is none.
+func missing(ctx context.Context, db DB, table string) ([]string, error) {
 	files, err := FS.ReadDir(".")
 	if err != nil {
 		return nil, err
 	}
-	var missing []string
+	var names []string
 	for _, file := range files {
-		missing = append(missing, file.Name())
+		names = append(names, file.Name())
 	}
-	known, err := begun(ctx, db)
-	if err == nil && !known {
+	done, begun, err := applied(ctx, db, table)
+	if err == nil && !begun {
 		if err = foreign(ctx, db); err == nil {
-			return missing, nil
+			return names, nil
 		}
-		var since bool // another Apply may have come between
-		if since, _ = begun(ctx, db); since {
-			err = nil
+		if again, since, err2 := applied(ctx, db, table); err2 == nil && since { // another Apply has come between
+			done, err = again, nil
 		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	applied, err := collect[string](ctx, db, `SELECT name FROM apikey_migrations`)
-	if err != nil {
-		return nil, err
-	}
-	if slices.ContainsFunc(applied, func(name string) bool { return slices.Contains(unreleased, name) }) {
+	if slices.ContainsFunc(done, func(name string) bool { return slices.Contains(unreleased, name) }) {
 		return nil, errors.New("apikey: these tables are from before the first release: " +
 			"migrate an empty schema, and copy the rows of api_keys, plan_catalogue and org_plans")
 	}
-	return slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(applied, name) }), nil
+	return slices.DeleteFunc(names, func(name string) bool { return slices.Contains(done, name) }), nil
 }
 
-// begun reports whether Apply has run on this database.
-func begun(ctx context.Context, db DB) (bool, error) {
-	is, err := collect[bool](ctx, db, `SELECT pg_catalog.to_regclass('apikey_migrations') IS NOT NULL`)
-	return err == nil && is[0], err
+// applied returns what was applied, and whether Apply has run at all. Reading must not run the code of
+// somebody who may create objects in the schema, so apikey_migrations must be a table, and not a view,
+// and stay one meanwhile.
+func applied(ctx context.Context, db DB, table string) (names []string, begun bool, err error) {
+	err = pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
+		name, err := collect[string](ctx, tx, `SELECT pg_catalog.format('%I.%I', n.nspname, c.relname)
+			FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = `+table)
+		if err != nil || len(name) == 0 {
+			return err
+		}
+		begun = true
+		if _, err := tx.Exec(ctx, `LOCK TABLE ONLY `+name[0]+` IN ACCESS SHARE MODE`); err != nil {
+			return err
+		}
+		plain, err := collect[bool](ctx, tx, `SELECT relkind = 'r' AND NOT relrowsecurity FROM pg_catalog.pg_class WHERE oid = $1::pg_catalog.regclass::pg_catalog.oid`, name[0])
+		if err == nil && (len(plain) == 0 || !plain[0]) {
+			err = fmt.Errorf("%s is not a table that Apply has made: who else may create objects in this schema?", name[0])
+		}
+		if err == nil {
+			names, err = collect[string](ctx, tx, `SELECT name FROM ONLY `+name[0])
+		}
+		return err
+	})
+	return names, begun, err
 }
 
 // ErrOtherTool is the error of [Missing] and [Apply] if the tables exist but another tool has

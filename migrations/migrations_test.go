@@ -499,10 +499,41 @@ func TestJunkInTheOutbox(t *testing.T) {
 	if got := announced(t, conn, pool); len(got) != 0 {
 		t.Errorf("announced %q", got)
 	}
-	// And a place in the future, which was restored, too, holds nothing up.
-	testservers.Exec(t, pool, `UPDATE apikey_announced SET seen = '99999999:99999999:'; INSERT INTO apikey_outbox (kind) VALUES ('keys')`)
-	if got := announced(t, conn, pool); len(got) != 1 {
-		t.Errorf("announced %q after a restore", got)
+	// And a place in the future, which was restored, too, holds nothing up, and does not wait until
+	// this server has come so far.
+	for _, set := range []string{`seen = '99999999:99999999:'`, `leftover = '99999999:99999999:'`, `seen = '1:1:', leftover = '99999999:99999999:'`} {
+		for _, change := range []bool{true, false} {
+			testservers.Exec(t, pool, `UPDATE apikey_announced SET `+set)
+			want := 0
+			if change {
+				want = 1
+				testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind) VALUES ('keys')`)
+			}
+			if got := announced(t, conn, pool); len(got) != want {
+				t.Errorf("announced %q after a restore with %s", got, set)
+			}
+			var ours bool
+			if err := pool.QueryRow(t.Context(), `SELECT pg_snapshot_xmax(seen) <= pg_snapshot_xmax(pg_current_snapshot()) AND leftover IS NULL FROM apikey_announced`).Scan(&ours); err != nil || !ours {
+				t.Errorf("the place is still that of another server, %s, %v", set, err)
+			}
+		}
+	}
+}
+
+// TestAnnounceWhileWriting: a transaction that has written may not announce: what it writes later would
+// count as announced.
+func TestAnnounceWhileWriting(t *testing.T) {
+	pool := testservers.Postgres(t)
+	tx, err := pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.WithoutCancel(t.Context())) }()
+	if _, err := tx.Exec(t.Context(), `INSERT INTO plan_catalogue VALUES ('starter', true)`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), `SELECT apikey_announce()`); err == nil || !strings.Contains(err.Error(), "in a transaction that has written") {
+		t.Errorf("apikey_announce: %v", err)
 	}
 }
 
@@ -686,12 +717,12 @@ func TestDeadRows(t *testing.T) {
 	}
 }
 
-// announced returns what conn has been sent so far.
+// announced returns what conn has been sent so far of changes.
 func announced(t *testing.T, conn *pgx.Conn, pool *pgxpool.Pool) (payloads []string) {
 	t.Helper()
 	testservers.Exec(t, pool, `SELECT apikey_announce()`)
 	testservers.Exec(t, pool, `NOTIFY apikey_changes, 'end'`) // notices arrive in the order of commits
-	return until(t, conn, "end")
+	return slices.DeleteFunc(until(t, conn, "end"), func(payload string) bool { return strings.HasPrefix(payload, "?") })
 }
 
 // until returns what conn has been sent before a payload.

@@ -269,6 +269,24 @@ func TestOneCustomersBulkChange(t *testing.T) {
 	}
 }
 
+// TestDeadReplaced: more dead keys than are announced one by one are deleted, and the same keys are
+// imported again, alive.
+func TestDeadReplaced(t *testing.T) {
+	t.Parallel()
+	w := world.NewPostgres(t)
+	r := world.NewWatchedReplica(t, w.Pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: time.Minute})
+	_, org := w.Enrol(t, world.Live, world.Paid)
+	const key = "a-key-of-many-1500"
+	testservers.Exec(t, w.Pool, `INSERT INTO api_keys (org_id, key_hash, active) SELECT '`+org.ID+`', sha256(('a-key-of-many-' || i)::bytea), false FROM generate_series(1, 1500) i`)
+	world.WaitFor(t, func() bool { return r.Ask(key) == world.Invalid })
+	testservers.Exec(t, w.Pool, `BEGIN; DELETE FROM api_keys WHERE NOT active; COMMIT`)
+	testservers.Exec(t, w.Pool, `INSERT INTO api_keys (org_id, key_hash) SELECT '`+org.ID+`', sha256(('a-key-of-many-' || i)::bytea) FROM generate_series(1, 1500) i`)
+	world.WaitFor(t, func() bool { return r.Ask(key) == world.Admitted })
+	if n := r.Cache.Stats().Unannounced; n > 0 {
+		t.Errorf("%d changes count as unannounced", n)
+	}
+}
+
 // TestBacklog: nobody has listened for long, and 300,000 changes wait. A replica that begins hears of
 // everything at once, and of what comes after that as ever.
 func TestBacklog(t *testing.T) {

@@ -3,6 +3,9 @@ package systemtest
 // What a login of the database can make of the functions that have the rights of their owner.
 
 import (
+	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"slices"
@@ -74,6 +77,31 @@ func (s *stage) write(t *testing.T) {
 	if _, err := migrations.Missing(ctx, s.owner); err != nil {
 		t.Error(err)
 	}
+
+	// And what services and dashboards do.
+	key, secret, err := keys.Create(ctx, "another", admin.NewKey{})
+	world.MustNot(t, err)
+	world.MustNot(t, plans.Subscribe(ctx, "another", "starter", apikey.PlanActive, time.Time{}))
+	r := world.NewWatchedReplica(t, s.owner, testservers.Redis(t), world.NewSecret(), nil)
+	r.WantCode(t, secret.Reveal(), world.Admitted)
+	uses := apikey.NewLastUsed(s.owner, time.Nanosecond)
+	used := world.Replica{Middleware: apikey.New(apikey.NewPostgresKeyStore(s.owner), apikey.NewPostgresPlanStore(s.owner), &apikey.Options{LastUsed: uses})}
+	used.WantCode(t, secret.Reveal(), world.Admitted)
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	world.MustNot(t, uses.Run(ended))
+	rotated, _, err := keys.Rotate(ctx, "another", key.ID, time.Now().Add(time.Hour), admin.NewKey{})
+	world.MustNot(t, err)
+	world.MustNot(t, keys.Expire(ctx, "another", rotated.ID, time.Now().Add(time.Minute)))
+	_, err = keys.DeactivateAll(ctx, "another")
+	world.MustNot(t, err)
+	_, _, err = keys.List(ctx, "another", admin.Page{Limit: 1})
+	world.MustNot(t, err)
+	_, err = keys.Find(ctx, key.ID)
+	world.MustNot(t, err)
+	_, err = keys.Prune(ctx, time.Now().Add(-time.Hour))
+	world.MustNot(t, err)
+	world.MustNot(t, errors.Join(plans.SetTier(ctx, "another", "starter"), plans.SetEnd(ctx, "another", time.Now()), keys.Delete(ctx, "another", key.ID)))
 }
 
 // spied returns who ran the intruder's code.
@@ -101,15 +129,17 @@ func TestWritableSchema(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, spySQL+`GRANT CREATE, USAGE ON SCHEMA public TO PUBLIC`)
 	intruder := testservers.Pool(t, s.intruderURL)
-	for _, op := range []string{"=", "<>", "<", ">", "<=", ">=", "||", "+", "-", "*", "/", "~"} {
+	for op, result := range map[string]string{
+		"=": "boolean", "<>": "boolean", "<": "boolean", ">": "boolean", "<=": "boolean", ">=": "boolean", "~": "boolean", "~~": "boolean", "||": "text", "+": "", "-": "", "*": "", "/": "",
+	} {
 		for _, left := range spyTypes {
 			var batch strings.Builder
 			for _, right := range spyTypes {
 				name := fmt.Sprintf("spy_%x_%s_%s", op, left, right)
 				fmt.Fprintf(&batch, `DO $do$ BEGIN
-					CREATE FUNCTION %s(a %s, b %s) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN INSERT INTO spied VALUES (current_user, '%[1]s'); RETURN false; END $$;
-					CREATE OPERATOR public.%[4]s (LEFTARG = %[2]s, RIGHTARG = %[3]s, FUNCTION = %[1]s);
-				EXCEPTION WHEN OTHERS THEN NULL; END $do$; `, name, left, right, op) // some pairs are not allowed
+					CREATE FUNCTION %s(a %s, b %s) RETURNS %s LANGUAGE plpgsql AS $$ BEGIN INSERT INTO spied VALUES (current_user, '%[1]s'); RETURN NULL; END $$;
+					CREATE OPERATOR public.%[5]s (LEFTARG = %[2]s, RIGHTARG = %[3]s, FUNCTION = %[1]s);
+				EXCEPTION WHEN OTHERS THEN NULL; END $do$; `, name, left, right, cmp.Or(result, left), op) // some pairs are not allowed
 			}
 			testservers.Exec(t, intruder, batch.String())
 		}
@@ -255,25 +285,87 @@ func TestPrivileges(t *testing.T) {
 	}
 }
 
-// TestMadeBefore: where everybody may create tables, a table of migrations that an intruder has
-// made, with a trigger on it, does not run its code as who migrates.
+// TestMadeBefore: where everybody may create tables, what an intruder has made under the name of the
+// table of migrations does not run its code as who migrates, or looks whether he has to.
 func TestMadeBefore(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, spySQL+`GRANT CREATE, USAGE ON SCHEMA public TO PUBLIC`)
-	testservers.Exec(t, testservers.Pool(t, s.intruderURL), `
-		CREATE TABLE apikey_migrations (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now());
-		CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO spied VALUES (current_user, 'a trigger'); RETURN NULL; END $$;
-		CREATE TRIGGER t AFTER INSERT ON apikey_migrations FOR EACH ROW EXECUTE FUNCTION spy();
-		GRANT ALL ON apikey_migrations TO PUBLIC`)
-	for _, pool := range []*pgxpool.Pool{s.owner, s.super} {
-		if err := migrations.Apply(t.Context(), pool); err == nil || !strings.Contains(err.Error(), "belongs to intruder") {
-			t.Errorf("Apply = %v, want an error that names the owner", err)
-		}
+	for name, c := range map[string]struct{ sql, drop, want string }{
+		"a table with a trigger": {`CREATE TABLE apikey_migrations (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now());
+			CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO spied VALUES (current_user, 'a trigger'); RETURN NULL; END $$;
+			CREATE TRIGGER t AFTER INSERT ON apikey_migrations FOR EACH ROW EXECUTE FUNCTION spy()`, `DROP TABLE apikey_migrations`, "belongs to intruder"},
+		"a view": {`CREATE FUNCTION spy() RETURNS text LANGUAGE plpgsql AS $$ BEGIN INSERT INTO spied VALUES (current_user, 'a view'); RETURN '0001_apikey.sql'; END $$;
+			CREATE VIEW apikey_migrations AS SELECT spy() AS name`, `DROP VIEW apikey_migrations`, "is not a table that Apply has made"},
+		"row security": {`CREATE TABLE apikey_migrations (name text PRIMARY KEY); INSERT INTO apikey_migrations VALUES ('0001_apikey.sql');
+			CREATE FUNCTION spy() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN INSERT INTO spied VALUES (current_user, 'a policy'); RETURN true; END $$;
+			ALTER TABLE apikey_migrations ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON apikey_migrations USING (spy())`, `DROP TABLE apikey_migrations`, "is not a table that Apply has made"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newStage(t, spySQL+`GRANT CREATE, USAGE ON SCHEMA public TO PUBLIC`)
+			testservers.Exec(t, testservers.Pool(t, s.intruderURL), c.sql+`; GRANT ALL ON apikey_migrations TO PUBLIC`)
+			for _, pool := range []*pgxpool.Pool{s.owner, s.super} {
+				_, _ = migrations.Missing(t.Context(), pool)
+				if err := migrations.Apply(t.Context(), pool); err == nil || !strings.Contains(err.Error(), c.want) {
+					t.Errorf("Apply = %v, want an error that says that it %s", err, c.want)
+				}
+			}
+			if spied := s.spied(t); len(spied) > 0 {
+				t.Errorf("code of the intruder ran as %q", spied)
+			}
+			testservers.Exec(t, s.super, c.drop)
+			world.MustNot(t, migrations.Apply(t.Context(), s.owner))
+			world.MustNot(t, migrations.Apply(t.Context(), s.super)) // nothing is missing
+		})
 	}
-	if spied := s.spied(t); len(spied) > 0 {
-		t.Errorf("code of the intruder ran as %q", spied)
+}
+
+// TestForgedMany: a login without rights announces more than can be verified, and more for one subject
+// than can be compared. The session ends, requests do not wait for that, and nothing of it stays.
+func TestForgedMany(t *testing.T) {
+	t.Parallel()
+	for name, payload := range map[string]string{
+		"all": `'all ' || (1::bigint << 40) + i`, "one key": `'key ' || (1::bigint << 40) + i || ' 0011223344556677'`,
+		"all, soon": `'all ' || pg_current_xact_id()::text::bigint + 1000 + i`, "many keys": `'key ' || pg_current_xact_id()::text::bigint + 1000 + i % 1000 || ' ' || lpad(to_hex(i), 16, '0')`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := world.NewPostgres(t)
+			r := world.NewWatchedReplica(t, w.Pool, testservers.Redis(t), world.NewSecret(), &apikey.CacheOptions{MaxStaleness: 5 * time.Second})
+			apiKey, _ := w.Enrol(t, world.Live, world.Paid)
+			r.WantCode(t, apiKey, world.Admitted)
+			over := make(chan struct{})
+			longest := make(chan time.Duration)
+			go func() {
+				var most time.Duration
+				for {
+					select {
+					case <-over:
+						longest <- most
+						return
+					default:
+					}
+					start := time.Now()
+					r.Ask(apiKey)
+					most = max(most, time.Since(start))
+					time.Sleep(time.Millisecond)
+				}
+			}()
+			testservers.Exec(t, w.Pool, `SELECT count(pg_notify('apikey_changes', `+payload+`)) FROM generate_series(1, 120000) i`)
+			world.WaitFor(t, func() bool {
+				err := r.Cache.Stats().FeedErr
+				return err != nil && strings.Contains(err.Error(), "more is announced")
+			})
+			world.WaitFor(t, func() bool { return r.Cache.Stats().FeedLive })
+			close(over)
+			if most := <-longest; most > 3*time.Second {
+				t.Errorf("a request took %v", most)
+			}
+			world.WaitFor(t, func() bool { // a read or two until what is forged is found out
+				before := r.Cache.Stats().StoreReads
+				for range 100 {
+					r.WantCode(t, apiKey, world.Admitted)
+				}
+				return r.Cache.Stats().StoreReads-before < 3
+			})
+		})
 	}
-	testservers.Exec(t, s.super, `DROP TABLE apikey_migrations`)
-	world.MustNot(t, migrations.Apply(t.Context(), s.owner))
-	world.MustNot(t, migrations.Apply(t.Context(), s.super)) // nothing is missing
 }

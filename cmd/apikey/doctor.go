@@ -143,7 +143,7 @@ type trigger struct {
 
 func triggers(ctx context.Context, pool *pgxpool.Pool) (map[string]trigger, error) {
 	rows, err := pool.Query(ctx, `SELECT tgrelid::regclass::text, tgname::text, pg_get_triggerdef(oid), tgenabled IN ('O', 'A'), tgenabled = 'A'
-		FROM pg_trigger WHERE tgrelid IN (to_regclass('api_keys'), to_regclass('org_plans'), to_regclass('plan_catalogue')) AND NOT tgisinternal`)
+		FROM pg_trigger WHERE tgrelid IN (to_regclass('api_keys')::oid, to_regclass('org_plans')::oid, to_regclass('plan_catalogue')::oid) AND NOT tgisinternal`)
 	if err != nil {
 		return nil, err
 	}
@@ -304,7 +304,7 @@ func checkOutbox(ctx context.Context, pool *pgxpool.Pool) (state, detail string,
 		SELECT n_dead_tup, pg_size_pretty(pg_total_relation_size(relid)), (
 			SELECT format('pid %s (%s, %s, for %s)', pid, coalesce(nullif(application_name, ''), 'no application_name'), state, date_trunc('second', now() - xact_start))
 			FROM pg_stat_activity WHERE xact_start < now() - interval '1 minute' ORDER BY xact_start LIMIT 1)
-		FROM pg_stat_user_tables WHERE relid = to_regclass('apikey_outbox')`).Scan(&dead, &size, &oldest)
+		FROM pg_stat_user_tables WHERE relid = to_regclass('apikey_outbox')::oid`).Scan(&dead, &size, &oldest)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return stateFault, "there is no apikey_outbox: run 'apikey migrate'", nil
@@ -324,21 +324,36 @@ const manyDead = 100_000
 // checkRights looks for rights with which a login could become owner of the tables.
 func checkRights(ctx context.Context, pool *pgxpool.Pool) (state, detail string, err error) {
 	rows, err := pool.Query(ctx, `
-		SELECT 'FAULT', format('%s may EXECUTE %s, which has the rights of its owner: REVOKE it', coalesce(r.rolname, 'PUBLIC'), p.oid::regprocedure)
-		FROM pg_proc p CROSS JOIN aclexplode(coalesce(proacl, acldefault('f', proowner))) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-		WHERE pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('apikey_outbox')) AND proname LIKE 'apikey\_%' AND prosecdef
-			AND a.grantee <> proowner AND (a.grantee = 0 OR proname <> 'apikey_announce')
+		WITH ours AS (
+			SELECT c.oid, c.relname::text AS name, relowner, relacl FROM pg_class c
+			WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('apikey_outbox')::oid) AND relname::text = ANY ($1::text[])
+		), functions AS (
+			SELECT p.oid, proname::text AS name, proowner, proacl, prosecdef FROM pg_proc p
+			WHERE pronamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('apikey_outbox')::oid) AND starts_with(proname::text, 'apikey_'::text)
+		)
+		SELECT 'FAULT', format('%s may EXECUTE %s, which has the rights of its owner: REVOKE it', coalesce(r.rolname, 'PUBLIC'), f.oid::regprocedure)
+		FROM functions f CROSS JOIN aclexplode(coalesce(proacl, acldefault('f', proowner))) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+		WHERE prosecdef AND a.grantee <> proowner AND (a.grantee = 0::oid OR f.name <> 'apikey_announce'::text)
 		UNION ALL
-		SELECT 'warning', format('PUBLIC may CREATE in the schema %s: REVOKE CREATE ON SCHEMA %1$I FROM PUBLIC', nspname)
-		FROM pg_namespace CROSS JOIN aclexplode(nspacl) a
-		WHERE nspname = ANY (current_schemas(false)) AND a.grantee = 0 AND a.privilege_type = 'CREATE'
+		SELECT 'FAULT', format('%s has %s on %s: REVOKE it', coalesce(r.rolname, 'PUBLIC'), a.privilege_type, o.name)
+		FROM ours o CROSS JOIN aclexplode(relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+		WHERE a.grantee <> relowner AND (a.privilege_type = 'TRIGGER'::text OR starts_with(o.name, 'apikey_'::text) AND a.privilege_type <> 'SELECT'::text)
+		UNION ALL
+		SELECT 'FAULT', format('%s has a trigger %s, which is not of the migrations: whose is it?', o.name, tgname)
+		FROM ours o JOIN pg_trigger t ON t.tgrelid = o.oid WHERE starts_with(o.name, 'apikey_'::text) AND NOT tgisinternal
+		UNION ALL
+		SELECT 'FAULT', format('%s belongs to %s, and the functions to %s', o.name, pg_get_userbyid(relowner), pg_get_userbyid(proowner))
+		FROM ours o JOIN functions f ON f.oid = to_regprocedure('apikey_announce()')::oid WHERE relowner <> proowner
+		UNION ALL
+		SELECT 'warning', format('%s may CREATE in the schema %s: REVOKE CREATE ON SCHEMA %2$I FROM %1$s', coalesce(r.rolname, 'PUBLIC'), nspname)
+		FROM pg_namespace CROSS JOIN aclexplode(nspacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+		WHERE nspname = ANY (current_schemas(false)) AND a.grantee <> nspowner AND a.privilege_type = 'CREATE'::text
+			AND NOT EXISTS (SELECT FROM functions WHERE proowner = a.grantee)
 		UNION ALL
 		SELECT 'warning', format('the functions have the rights of %s, who is superuser: let a role own them that owns the tables and may do nothing else', rolname)
-		FROM pg_proc p JOIN pg_roles r ON r.oid = proowner
-		WHERE p.oid = to_regprocedure('apikey_announce()') AND rolsuper`)
-	if err != nil {
-		return "", "", err
-	}
+		FROM functions f JOIN pg_roles r ON r.oid = proowner
+		WHERE f.oid = to_regprocedure('apikey_announce()')::oid AND rolsuper`,
+		[]string{"api_keys", "api_key_uses", "org_plans", "plan_catalogue", "apikey_outbox", "apikey_announced", "apikey_settings", "apikey_migrations"})
 	var details []string
 	var kind, text string
 	state = stateOK

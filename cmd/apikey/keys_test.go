@@ -415,6 +415,9 @@ func TestDoctor(t *testing.T) {
 		{"table gone", `ALTER TABLE org_plans RENAME TO o`, "lookups", stateFault, "does not exist"},
 		{"anybody may use the functions", `GRANT EXECUTE ON FUNCTION apikey_announce_key() TO PUBLIC`, "rights", stateFault, "PUBLIC may EXECUTE apikey_announce_key()"},
 		{"anybody may create", `GRANT CREATE ON SCHEMA public TO PUBLIC`, "rights", stateWarning, "PUBLIC may CREATE in the schema public"},
+		{"a trigger of somebody on the outbox", `CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+			CREATE TRIGGER mine BEFORE INSERT ON apikey_outbox FOR EACH ROW EXECUTE FUNCTION mine()`, "rights", stateFault, "apikey_outbox has a trigger mine"},
+		{"all on all tables", `GRANT ALL ON ALL TABLES IN SCHEMA public TO pg_monitor`, "rights", stateFault, "pg_monitor has TRIGGER on api_keys"},
 		{"migrated by a superuser", `SELECT 1`, "rights", stateWarning, "who is superuser"},
 		{
 			"dead rows", `ALTER TABLE apikey_outbox SET (autovacuum_enabled = false); INSERT INTO apikey_outbox (kind, subject) SELECT 'plan', i FROM generate_series(1, 110000) i;

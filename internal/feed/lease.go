@@ -80,6 +80,7 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 		l.newEpochs()
 	}
 	l.reached(first, asked)
+	l.crowded = false
 	if v.session != nil {
 		v.ended = v.session
 	}

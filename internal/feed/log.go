@@ -41,6 +41,7 @@ type Log struct {
 	runs       []*run            // of the history, oldest first, the present one last
 	latest     snapshot.Snapshot // the last one of the session
 	unverified []announced       // announcements of transactions that latest had not seen
+	crowded    bool              // there was no room for an announcement
 	suspects   []suspect
 
 	announcements, unannounced, forged, unknown atomic.Uint64
@@ -84,6 +85,7 @@ type suspect struct {
 const (
 	maxSuspects   = 1024    // per renewal of the lease; more are not counted
 	maxUnverified = 100_000 // announcements between two snapshots of the session
+	maxOfOne      = 4096    // of these, for one topic or all of a kind: each is compared with the others
 )
 
 // NewLog returns an empty Log without a session. lease is how long records may be used after
@@ -98,13 +100,16 @@ func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
 	return l
 }
 
-// Announce notes at now that transaction xid has changed topic.
+// Announce notes at now that transaction xid has changed topic. If too much is announced, it does
+// not: see [Log.Crowded].
 func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.announcements.Add(1)
-	l.verify(announced{topic: topic, xid: xid, heard: now})
 	m := &l.current().marks[topic.kind]
+	if !l.verify(announced{topic: topic, xid: xid, heard: now}, m.young[topic.id]) {
+		return
+	}
 	m.forget(now, int64(l.life))
 	if m.add(topic.id, xid, l.latest) || topic.kind != Key && topic.kind != Plan { // no record has the cell of the others
 		l.newEpochs()
@@ -113,14 +118,16 @@ func (l *Log) Announce(topic Topic, xid uint64, now clock.Instant) {
 	l.epochs[topic.Cell()].Add(1)
 }
 
-// AnnounceAll notes that transaction xid may have changed everything of a kind.
+// AnnounceAll is like Announce, and notes that transaction xid may have changed everything of a kind.
 func (l *Log) AnnounceAll(kind Kind, xid uint64, now clock.Instant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.announcements.Add(1)
-	l.verify(announced{topic: Topic{kind: kind}, all: true, xid: xid, heard: now})
-	l.current().marks[kind].all.add(xid, l.latest)
-	l.newEpochs()
+	all := &l.current().marks[kind].all
+	if l.verify(announced{topic: Topic{kind: kind}, all: true, xid: xid, heard: now}, *all) {
+		all.add(xid, l.latest)
+		l.newEpochs()
+	}
 }
 
 func (l *Log) newEpochs() {
@@ -129,11 +136,18 @@ func (l *Log) newEpochs() {
 	}
 }
 
-// verify keeps a until a snapshot shows whether there is such a transaction.
-func (l *Log) verify(a announced) {
-	if !l.latest.Sees(a.xid) && !l.latest.IsZero() && len(l.unverified) < maxUnverified {
-		l.unverified = append(l.unverified, a)
+// verify keeps a, for the mark m, until a snapshot shows whether there is such a transaction. It
+// returns false if there is no room: then a must not be noted, since it could never be retracted.
+func (l *Log) verify(a announced, m mark) bool {
+	if l.latest.Sees(a.xid) || l.latest.IsZero() {
+		return true
 	}
+	if len(l.unverified) >= maxUnverified || len(m.xids) >= maxOfOne {
+		l.crowded = true
+		return false
+	}
+	l.unverified = append(l.unverified, a)
+	return true
 }
 
 // Reached notes a snapshot of the server, for which the session asked at a time. If the
@@ -178,11 +192,12 @@ func (l *Log) FarAhead(xid, n uint64) bool {
 	return xid >= l.latest.XMax()+n
 }
 
-// Crowded reports whether more was announced since the last snapshot than can be verified.
+// Crowded reports whether more was announced since the last snapshot than can be verified. The
+// session must end then: what it was told last was not noted.
 func (l *Log) Crowded() bool {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	return len(l.unverified) >= maxUnverified
+	return l.crowded
 }
 
 // Epoch returns a number that changes whenever a topic in the cell is announced. It is never

@@ -67,7 +67,7 @@ const announcerLock = "1634757477"
 // AnnouncerSQL is an expression for whether the tables that the search_path finds have an
 // announcer.
 const AnnouncerSQL = `EXISTS (SELECT FROM pg_catalog.pg_locks JOIN pg_catalog.pg_database d ON d.oid = database
-	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + ` AND granted
+	WHERE datname = pg_catalog.current_database() AND locktype = 'advisory' AND classid = ` + announcerLock + `::pg_catalog.oid AND granted
 		AND objid = pg_catalog.hashtext(pg_catalog.to_regclass('apikey_outbox')::oid::text)::oid)`
 
 // ServerSQL is an expression for the present [snapshot.Server] as a bigint. It is 0 on a standby,
@@ -77,7 +77,11 @@ const ServerSQL = `CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0 ELSE ` + Orig
 // OriginSQL is an expression for the present [snapshot.Origin] as a bigint: the tables that the
 // search_path finds, the database, and the start of the server. All by their identity and not by
 // name: another one may come under the same name.
-const OriginSQL = `(SELECT pg_catalog.hashtextextended(` + tablesSQL + `, (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint))`
+//
+// In all SQL here functions are named with their schema, and operators have operands of exactly
+// their types: else one that somebody else has put into the search_path would be a better match.
+const OriginSQL = `(SELECT pg_catalog.hashtextextended(` + tablesSQL + `,
+	(pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) OPERATOR(pg_catalog.*) 1000000::pg_catalog.float8)::pg_catalog.int8))`
 
 const tablesSQL = `(SELECT pg_catalog.concat_ws(' ', d.oid, pg_catalog.to_regclass('api_keys')::oid, pg_catalog.to_regclass('org_plans')::oid,
 	pg_catalog.to_regclass('plan_catalogue')::oid) FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())`
@@ -264,8 +268,6 @@ func (w *wire) send(ctx context.Context) error {
 			return fmt.Errorf("listening: nothing came from the server for %v", lease)
 		case w.log.Mismatched():
 			return ErrOtherServer
-		case w.log.Crowded():
-			return errors.New("listening: more is announced than can be verified")
 		}
 		sql := readSQL
 		if quiet >= lease/quietPerLease || age >= 3*lease/8 { // with a slow network the second comes first
@@ -410,6 +412,9 @@ func (w *wire) notified(payload string) error {
 	}
 	now := time.Now()
 	a.enter(w.log, clock.At(now))
+	if w.log.Crowded() { // the last one was not noted
+		return errors.New("more is announced than can be verified")
+	}
 	if a.kind != kindBeat {
 		w.log.logger.Debug("apikey: a change is announced", "kind", a.kind, "subject", fmt.Sprintf("%016x", a.subject), "transaction", a.xid)
 	}

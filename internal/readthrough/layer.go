@@ -50,13 +50,13 @@ type Stats struct {
 
 // A Kind describes a kind of facts: V is what is known about a subject S.
 type Kind[S comparable, V any] struct {
-	Name   func(S) string                       // in Redis
-	Hash   func(S) uint64                       // with evenly distributed low bits
-	Topics func(S, *V) (feed.Topic, feed.Topic) // what their changes are announced as; the same topic twice if there is one
-	Admits func(*V, time.Time) bool             // whether they admit a request
-	Same   func(a, b *V) bool                   // whether they are equal
-	Append func([]byte, *V) []byte              // encodes them for Redis
-	Decode func(*sealed.Decoder, *Record[V])    // the inverse of Append
+	Name   func(S) string                    // in Redis
+	Hash   func(S) uint64                    // with evenly distributed low bits
+	Topics func(S, *V) [3]feed.Topic         // what their changes are announced as, first their own; some may be the same
+	Admits func(*V, time.Time) bool          // whether they admit a request
+	Same   func(a, b *V) bool                // whether they are equal
+	Append func([]byte, *V) []byte           // encodes them for Redis
+	Decode func(*sealed.Decoder, *Record[V]) // the inverse of Append
 }
 
 // A Layer is the cache of one kind of facts. It is safe for concurrent use.
@@ -85,8 +85,7 @@ func NewLayer[S comparable, V any](s *Shared, kind Kind[S, V], found, absent int
 // Found.
 func (l *Layer[S, V]) NewRecord(subject S, stamp Stamp) *Record[V] {
 	rec := &Record[V]{Stamp: stamp}
-	a, _ := l.kind.Topics(subject, &rec.Value)
-	rec.cell = a.Cell()
+	rec.cell = l.kind.Topics(subject, &rec.Value)[0].Cell()
 	return rec
 }
 
@@ -213,8 +212,11 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	}
 	log := l.shared.Log
 	now := clock.At(time.Now())
-	if a, b := l.kind.Topics(subject, &old.Value); log.Covers(old.Snapshot) && !log.Refuted(old.Snapshot, a, b) {
-		log.Suspect(now, old.Snapshot, a, b)
+	if !read.Found && !l.admits(old, now) {
+		return // it was dead before, and so need not be announced
+	}
+	if topics := l.kind.Topics(subject, &old.Value); log.Covers(old.Snapshot) && !log.Refuted(old.Snapshot, topics[:]...) {
+		log.Suspect(now, old.Snapshot, topics[:]...)
 	}
 }
 

@@ -70,8 +70,8 @@ func (l *Layer[S, V]) refuted(subject S, rec *Record[V]) bool {
 	if rec.cleared.Load() == epoch {
 		return false
 	}
-	a, b := l.kind.Topics(subject, &rec.Value)
-	if l.shared.Log.Refuted(rec.Snapshot, a, b) {
+	topics := l.kind.Topics(subject, &rec.Value)
+	if l.shared.Log.Refuted(rec.Snapshot, topics[:]...) {
 		return true
 	}
 	rec.cleared.Store(epoch)

@@ -17,8 +17,9 @@ import (
 var facts = Kind[uint64, string]{
 	Name: func(subject uint64) string { return fmt.Sprint("fact ", subject) },
 	Hash: func(subject uint64) uint64 { return subject },
-	Topics: func(subject uint64, _ *string) (feed.Topic, feed.Topic) {
-		return feed.KeyTopic(subject), feed.KeyTopic(subject)
+	Topics: func(subject uint64, _ *string) [3]feed.Topic {
+		own := feed.KeyTopic(subject)
+		return [3]feed.Topic{own, own, own}
 	},
 	Admits: func(word *string, _ time.Time) bool { return *word == "good" },
 	Same:   func(a, b *string) bool { return *a == *b },
