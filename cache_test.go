@@ -17,6 +17,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/shared"
 	"github.com/trackpilots/apikey/internal/testservers"
 	"github.com/trackpilots/apikey/internal/world"
 )
@@ -73,14 +74,11 @@ func (f *fakeRedis) process(ctx context.Context, cmd redis.Cmder) error {
 	defer f.mu.Unlock()
 	args := cmd.Args()
 	switch cmd := cmd.(type) {
-	case *redis.StringCmd: // GET
+	case *redis.StringCmd: // GETRANGE name 0 last
 		f.gets++
-		v, ok := f.values[args[1].(string)]
-		if !ok || !time.Now().Before(v.expires) {
-			cmd.SetErr(redis.Nil)
-			return redis.Nil
+		if v, ok := f.values[args[1].(string)]; ok && time.Now().Before(v.expires) {
+			cmd.SetVal(string(v.value[:min(len(v.value), 1+int(args[3].(int64)))]))
 		}
-		cmd.SetVal(string(v.value))
 	case *redis.StatusCmd: // SET name value EX|PX n
 		f.sets++
 		unit := map[string]time.Duration{"ex": time.Second, "px": time.Millisecond}[args[3].(string)]
@@ -402,10 +400,15 @@ func TestForgery(t *testing.T) {
 			put(record.name, flipped)
 			rejected(fmt.Sprintf("byte %d of %s flipped", i, record.name), apiKey, world.Admitted, 1)
 			put(record.name, record.value[:i])
-			rejected(fmt.Sprintf("%s cut off after %d", record.name, i), apiKey, world.Admitted, 1)
+			rejected(fmt.Sprintf("%s cut off after %d", record.name, i), apiKey, world.Admitted, uint64(min(i, 1))) // nothing is no record
 		}
 		put(record.name, []byte(`{"active":true}`))
 		rejected("made up", apiKey, world.Admitted, 1)
+		put(record.name, append(bytes.Clone(record.value), make([]byte, shared.MaxRecord)...))
+		rejected("far too long", apiKey, world.Admitted, 1)
+		world.MustNot(t, rdb.Del(t.Context(), record.name).Err())
+		world.MustNot(t, rdb.LPush(t.Context(), record.name, record.value).Err())
+		rejected("a list", apiKey, world.Admitted, 1)
 		put(record.name, record.value)
 	}
 	rejected("as it was", apiKey, world.Admitted, 0)

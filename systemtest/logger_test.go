@@ -47,7 +47,7 @@ func TestLogger(t *testing.T) {
 	pool := testservers.Pool(t, address)
 	var log lines
 	cache := apikey.NewCache(testservers.RedisAt(t, redisAddress), world.NewSecret(), &apikey.CacheOptions{
-		MemoryEntries: -1, MaxStaleness: 2 * time.Second, RedisTimeout: 2 * time.Second, StoreTimeout: 2 * time.Second, // on a busy machine
+		MemoryEntries: -1, MaxStaleness: 2 * time.Second, RedisTimeout: 500 * time.Millisecond, StoreTimeout: 2 * time.Second, // on a busy machine
 		Logger: slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	world.Watch(t, cache, pool)

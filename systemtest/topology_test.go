@@ -5,7 +5,6 @@ package systemtest
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -219,37 +218,5 @@ func TestPostgresRestart(t *testing.T) {
 		for _, key := range good {
 			world.WaitFor(t, func() bool { return r.Ask(key) == world.Invalid })
 		}
-	}
-}
-
-// TestDistantRedis: Redis is as far away as another region, and wants a password: it
-// takes longer to connect than a request may wait. It is used all the same.
-func TestDistantRedis(t *testing.T) {
-	t.Parallel()
-	server := testservers.StartRedis(t, "--requirepass", "p")
-	address, proxy := testservers.ProxyRedis(t, server.URL)
-	proxy.Delay(100 * time.Millisecond)
-	opts, err := redis.ParseURL(address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	opts.Password, opts.ContextTimeoutEnabled = "p", true
-	rdb := redis.NewClient(opts)
-	defer rdb.Close()
-	w := world.NewPostgres(t)
-	apiKey, _ := w.Enrol(t, world.Live, world.Paid)
-	r := world.NewPostgresReplica(w, rdb, world.NewSecret(), &apikey.CacheOptions{MemoryEntries: -1, RedisTimeout: 400 * time.Millisecond})
-	world.WaitFor(t, func() bool {
-		r.WantCode(t, apiKey, world.Admitted)
-		return r.Cache.Stats().RedisHits > 3
-	})
-	if err := r.Cache.Stats().RedisErr; err != nil {
-		t.Errorf("RedisErr is %v", err)
-	}
-
-	hopeless := world.NewPostgresReplica(w, rdb, world.NewSecret(), &apikey.CacheOptions{MemoryEntries: -1, RedisTimeout: 5 * time.Millisecond})
-	hopeless.WantCode(t, apiKey, world.Admitted)
-	if err := hopeless.Cache.Stats().RedisErr; !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("with less time than it takes RedisErr is %v", err)
 	}
 }

@@ -21,6 +21,9 @@ type Sealer struct{ keys [][]byte } // the first one seals
 // MinSecretLen is the minimum length of a secret in bytes.
 const MinSecretLen = 32
 
+// Overhead is how many bytes longer a value is than its body.
+const Overhead = sha256.Size
+
 // NewSealer returns a Sealer that seals under secret, and opens what was sealed under secret
 // or one of accepted.
 func NewSealer(secret []byte, accepted ...[]byte) *Sealer {

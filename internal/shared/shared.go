@@ -6,8 +6,8 @@ package shared
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
-	"net"
 	"regexp"
 	"sync"
 	"sync/atomic"
@@ -21,21 +21,17 @@ import (
 )
 
 const (
-	// breakAfter is the number of batches that fail in a row before the breaker opens. In a
-	// Redis Cluster one shard may be down while the others work, so a batch has failed only
-	// if none of its commands was answered.
-	breakAfter = 10
+	// DefaultTimeout is how long a request waits for Redis by default.
+	DefaultTimeout = 50 * time.Millisecond
 
-	// connectTimeout is how long connecting may take: several round trips, and so often
-	// longer than a request waits.
-	connectTimeout = 5 * time.Second
+	// Root is the beginning of all names of records. It changes with their encoding.
+	Root = "apikey:3:"
+
+	// MaxRecord is how many bytes of a value are read: whoever can write to Redis could
+	// else fill our memory. Most records have 250. A snapshot lists the transactions that
+	// were writing when it was taken, and this is room for more than a thousand.
+	MaxRecord = 16 << 10
 )
-
-// DefaultTimeout is how long a request waits for Redis by default.
-const DefaultTimeout = 50 * time.Millisecond
-
-// Root is the beginning of all names of records. It changes with their encoding.
-const Root = "apikey:3:"
 
 var namespaceForm = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 
@@ -44,64 +40,57 @@ func ValidNamespace(s string) bool { return namespaceForm.MatchString(s) }
 
 // Records are the records in Redis. They are safe for concurrent use.
 type Records struct {
-	rdb     redis.UniversalClient
-	sealer  *sealed.Sealer
-	limits  batch.Limits
-	ttl     time.Duration
-	breaker *breaker.Breaker
-	gets    *batch.Batcher[string, reply]
-	stats   Stats
+	rdb    redis.UniversalClient
+	sealer *sealed.Sealer
+	limits batch.Limits // of each node
+	ttl    time.Duration
+	logger *slog.Logger
+	stats  Stats
 
-	fault      atomic.Pointer[error] // of the last batch; nil if it was answered
-	connecting atomic.Bool
-
-	mu      sync.Mutex
-	pending []record // to be written
-	writing bool
+	answered atomic.Bool // by any node; the client then knows which nodes there are
+	mu       sync.RWMutex
+	nodes    map[string]*node // by address
 }
 
 // Stats are the counters of Records.
 type Stats struct {
-	Queue    batch.Stats   // GETs that were not sent because too many waited
-	Batches  atomic.Uint64 // of GETs
+	Queue    batch.Stats   // reads that were not sent because too many waited
+	Batches  atomic.Uint64 // of reads
 	Gets     atomic.Uint64 // in them
 	Rejected atomic.Uint64 // values that were not sealed for their name
-	Errors   atomic.Uint64 // GETs and SETs that failed or took too long
-	Skipped  atomic.Uint64 // GETs and SETs that were not sent: the breaker was open, or too many SETs waited
-}
-
-type reply struct {
-	value []byte // nil: none
-	err   error
-}
-
-type record struct {
-	name string
-	body []byte
+	Errors   atomic.Uint64 // reads and writes that failed or took too long
+	Skipped  atomic.Uint64 // reads and writes that were not sent: a breaker was open, too many writes waited, or a record was too long
 }
 
 // New returns the Records in rdb, which are sealed by sealer and live for ttl.
 func New(rdb redis.UniversalClient, sealer *sealed.Sealer, limits batch.Limits, ttl time.Duration, logger *slog.Logger) *Records {
-	r := &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl}
-	r.breaker = breaker.New(breakAfter, nil,
-		func() {
-			logger.Warn("apikey: Redis is not used, since it failed several times in a row", "error", r.Fault())
-		},
-		func() { logger.Info("apikey: Redis is used again") })
-	r.gets = batch.New(limits, &r.stats.Queue, r.getBatch)
-	return r
-}
-
-// Fault returns why the last command failed; nil if it did not.
-func (r *Records) Fault() error {
-	if err := r.fault.Load(); err != nil {
-		return *err
-	}
-	return nil
+	return &Records{rdb: rdb, sealer: sealer, limits: limits, ttl: ttl, logger: logger, nodes: map[string]*node{}}
 }
 
 // Stats returns the counters.
 func (r *Records) Stats() *Stats { return &r.stats }
+
+// Fault returns why reading or writing has failed, if it has not succeeded since on the node
+// where it did; else nil. It returns all such errors, joined.
+func (r *Records) Fault() error {
+	r.mu.RLock()
+	var faults []*fault
+	for _, n := range r.nodes {
+		for _, way := range []*way{&n.reads, &n.writes} {
+			if f := way.fault.Load(); f != nil {
+				faults = append(faults, f)
+			}
+		}
+	}
+	r.mu.RUnlock()
+	var errs []error
+	for _, f := range faults {
+		if r.node(f.name) == f.node { // else other nodes have its records now
+			errs = append(errs, f.err)
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // ErrRejected is the error of a value that was not sealed for its name.
 var ErrRejected = errors.New("the value in Redis is not sealed under this secret for its name")
@@ -109,7 +98,7 @@ var ErrRejected = errors.New("the value in Redis is not sealed under this secret
 // Get returns the body of a record, or nil if there is none. Any error but ErrRejected means
 // that Redis was not asked or did not answer.
 func (r *Records) Get(name string) ([]byte, error) {
-	answer, err := r.gets.Do(name, true)
+	answer, err := r.node(name).gets.Do(name, true)
 	if err == nil {
 		err = answer.err
 	}
@@ -117,12 +106,13 @@ func (r *Records) Get(name string) ([]byte, error) {
 	case err == nil && answer.value == nil:
 		return nil, nil
 	case err == nil:
-		body, ok := r.sealer.Open(name, answer.value)
-		if !ok {
-			r.stats.Rejected.Add(1)
-			return nil, ErrRejected
+		if body, ok := r.sealer.Open(name, answer.value); ok {
+			return body, nil
 		}
-		return body, nil
+		err = ErrRejected
+		r.stats.Rejected.Add(1)
+	case errors.Is(err, ErrRejected):
+		r.stats.Rejected.Add(1)
 	case errors.Is(err, batch.ErrFull), errors.Is(err, batch.ErrWaited): // counted there
 	case breaker.Skipped(err):
 		r.stats.Skipped.Add(1)
@@ -132,128 +122,68 @@ func (r *Records) Get(name string) ([]byte, error) {
 	return nil, err
 }
 
-func (r *Records) getBatch(ctx context.Context, names []string) ([]reply, error) {
-	return breaker.Do(r.breaker, func() ([]reply, error) {
-		r.stats.Batches.Add(1)
-		r.stats.Gets.Add(uint64(len(names)))
-		cmds := make([]*redis.StringCmd, len(names))
-		if len(names) == 1 {
-			cmds[0] = r.rdb.Get(ctx, names[0])
-		} else {
-			pipe := r.rdb.Pipeline()
-			for i, name := range names {
-				cmds[i] = pipe.Get(ctx, name)
-			}
-			_, _ = pipe.Exec(ctx) // each command has its own error
-		}
-		replies := make([]reply, len(names))
-		failed := 0
-		for i, cmd := range cmds {
-			value, err := cmd.Bytes()
-			if err != nil && !errors.Is(err, redis.Nil) {
-				replies[i].err = err
-				failed++
-				continue
-			}
-			if err == nil {
-				replies[i].value = value
-			}
-		}
-		if failed == len(names) {
-			r.failed(replies[0].err, names[0])
-			return nil, replies[0].err
-		}
-		r.fault.Store(nil)
-		return replies, nil
-	})
-}
-
-// failed notes a failure. After a timeout, which connecting may have caused, it opens
-// connections in the background, with a GET of name, for later batches to use.
-func (r *Records) failed(err error, name string) {
-	r.fault.Store(&err)
-	network, is := errors.AsType[net.Error](err)
-	timeout := errors.Is(err, context.DeadlineExceeded) || is && network.Timeout()
-	if !timeout || !r.connecting.CompareAndSwap(false, true) {
-		return
-	}
-	var all sync.WaitGroup
-	ctx, cancel := context.WithTimeout(context.Background(), connectTimeout)
-	for range r.limits.AtOnce {
-		all.Go(func() {
-			defer func() { _ = recover() }() // a hook of the client must not end the process
-			_ = r.rdb.Get(ctx, name).Err()
-		})
-	}
-	go func() {
-		all.Wait()
-		cancel()
-		r.connecting.Store(false)
-	}()
-}
-
-// Set writes a record to Redis soon, in the background.
+// Set writes a record to Redis soon, in the background, unless nobody would read it again
+// because it is longer than MaxRecord.
 func (r *Records) Set(name string, body []byte) {
+	if len(body)+sealed.Overhead > MaxRecord || !r.node(name).set(record{name, body}) {
+		r.stats.Skipped.Add(1)
+	}
+}
+
+// maxNodes is how many nodes a Redis Cluster may have. If we know more, most are gone.
+const maxNodes = 1000
+
+// node returns the node that has the record of this name, as far as the client knows.
+func (r *Records) node(name string) *node {
+	addr := ""
+	if r.answered.Load() {
+		addr = r.locate(name)
+	}
+	r.mu.RLock()
+	n := r.nodes[addr]
+	r.mu.RUnlock()
+	if n != nil {
+		return n
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.pending) >= r.limits.Queue {
-		r.stats.Skipped.Add(1)
-		return
+	if n := r.nodes[addr]; n != nil {
+		return n
 	}
-	r.pending = append(r.pending, record{name, body})
-	if !r.writing {
-		r.writing = true
-		go r.write()
+	if len(r.nodes) >= maxNodes {
+		clear(r.nodes)
 	}
+	n = newNode(r, addr)
+	r.nodes[addr] = n
+	return n
 }
 
-// write writes batches until nothing is pending.
-func (r *Records) write() {
-	for {
-		r.mu.Lock()
-		n := min(len(r.pending), r.limits.Size)
-		if n == 0 {
-			r.pending, r.writing = nil, false
-			r.mu.Unlock()
-			return
-		}
-		records := r.pending[:n:n]
-		r.pending = r.pending[n:]
-		r.mu.Unlock()
-		r.setBatch(records)
+// locate returns the address of the node that has the record of this name in a Redis Cluster
+// or a Ring; "" for other clients. It does no I/O once the client knows its nodes, which is
+// when any of them has answered.
+func (r *Records) locate(name string) string {
+	var at *redis.Client
+	var err error
+	switch rdb := r.rdb.(type) {
+	case interface {
+		MasterForKey(context.Context, string) (*redis.Client, error)
+	}:
+		at, err = rdb.MasterForKey(context.Background(), name)
+	case interface {
+		GetShardClientForKey(string) (*redis.Client, error)
+	}:
+		at, err = rdb.GetShardClientForKey(name)
 	}
+	if err != nil || at == nil {
+		return ""
+	}
+	return at.Options().Addr
 }
 
-func (r *Records) setBatch(records []record) {
-	failed := len(records) // if a hook of the client panics, or ends its goroutine
-	_, err := batch.Run(func() (struct{}, error) {
-		return breaker.Do(r.breaker, func() (none struct{}, err error) {
-			ctx, cancel := context.WithTimeout(context.Background(), r.limits.Budget)
-			defer cancel()
-			pipe := r.rdb.Pipeline()
-			for _, rec := range records {
-				pipe.Set(ctx, rec.name, r.sealer.Seal(rec.name, rec.body), r.ttl)
-			}
-			cmds, err := pipe.Exec(ctx)
-			bad := 0
-			for _, cmd := range cmds {
-				if cmd.Err() != nil {
-					bad++
-				}
-			}
-			if err == nil || bad > 0 { // else it was not sent at all
-				failed = bad
-			}
-			if failed < len(records) {
-				return none, nil
-			}
-			r.failed(err, records[0].name)
-			return none, err
-		})
-	})
-	if breaker.Skipped(err) {
-		r.stats.Skipped.Add(uint64(len(records)))
-		return
+// describe returns err with what was done, and where.
+func describe(err error, what, addr string) error {
+	if addr == "" {
+		return fmt.Errorf("%s: %w", what, err)
 	}
-	r.stats.Errors.Add(uint64(failed))
+	return fmt.Errorf("%s %s: %w", what, addr, err)
 }

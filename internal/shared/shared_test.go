@@ -111,7 +111,7 @@ func TestOneShardDown(t *testing.T) {
 	r := newRecords(t, server, "a", broken{"down"})
 	_ = server.Set("up", "value")
 	for range 3 * breakAfter {
-		replies, err := r.getBatch(t.Context(), []string{"up", "down"})
+		replies, err := r.node("").getBatch(t.Context(), []string{"up", "down"})
 		if err != nil || string(replies[0].value) != "value" || replies[1].err == nil {
 			t.Fatalf("got %+v, %v", replies, err)
 		}

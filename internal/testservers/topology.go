@@ -38,6 +38,16 @@ func StartRedisTCP(tb testing.TB, args ...string) (*Server, string) {
 	return s, "127.0.0.1:" + port
 }
 
+// StartRedisTLS starts a server of the test's own on the loopback that takes TLS only and
+// wants the password p, and returns its address too.
+func StartRedisTLS(tb testing.TB, certFile, keyFile string) (*Server, string) {
+	tb.Helper()
+	port := freePort(tb)
+	s := StartRedis(tb, "--bind", "127.0.0.1", "--tls-port", port, "--tls-cert-file", certFile, "--tls-key-file", keyFile,
+		"--tls-auth-clients", "no", "--requirepass", "p")
+	return s, "127.0.0.1:" + port
+}
+
 // StartRedisCluster starts a cluster of masters, among which the slots are shared
 // out. Those whose masters are up are served when others are not.
 func StartRedisCluster(tb testing.TB, masters int) (nodes []*Server, addrs []string) {
