@@ -75,8 +75,8 @@ type CacheOptions struct {
 	// were not used lately make room. If negative, nothing is kept. Defaults to 131,072.
 	MemoryEntries int
 
-	// RedisTimeout is how long a request waits for Redis before the store is asked.
-	// Defaults to 50 ms.
+	// RedisTimeout is how long a request waits for Redis before the store is asked: more
+	// than a round trip. Connecting may take longer. Defaults to 50 ms.
 	RedisTimeout time.Duration
 
 	// StoreTimeout is how long a request waits for the store, including the time in the
@@ -86,7 +86,7 @@ type CacheOptions struct {
 	// MaxBatches is the number of batches that a store looks up at the same time, and so
 	// the number of connections in use. Further lookups wait and form the next batches. A
 	// store that cannot look up batches is asked for four times as many single keys. The
-	// number for Redis is the same. Defaults to 4.
+	// number for each node of Redis is the same. Defaults to 4.
 	MaxBatches int
 
 	// MaxBatchSize is the number of keys or plans in a batch. Defaults to 256.
@@ -97,9 +97,10 @@ type CacheOptions struct {
 	// answered with [ErrUnavailable] at once. Defaults to 8192.
 	MaxQueue int
 
-	// Logger logs when announcements are no longer heard (and again every minute), when
-	// Redis or a store is not used for a while because it fails, and when each is back. At
-	// level Debug it logs every change that is announced. Defaults to nil: nothing is logged.
+	// Logger logs when announcements are no longer heard (and again every minute), when a
+	// node of Redis (for reading, or for writing) or a store is not used for a while because
+	// it fails, and when each is back. At level Debug it logs every change that is announced.
+	// Defaults to nil: nothing is logged.
 	Logger *slog.Logger
 }
 
@@ -151,12 +152,14 @@ func (o CacheOptions) check() string {
 
 // CacheStats are the counters of a [Cache] since it was made. Memory hits are not counted:
 // a counter that all cores share would cost more than the hit.
+//
+// A GET is a read of a record in Redis; it is sent as GETRANGE.
 type CacheStats struct {
 	RedisHits      uint64 // records from Redis that were used
 	RedisMisses    uint64 // lookups for which Redis had no record that could be used
 	RedisRejected  uint64 // of the misses, records that no replica with this secret has written under this name
 	RedisErrors    uint64 // GETs and SETs that failed or took longer than RedisTimeout
-	RedisSkipped   uint64 // GETs and SETs not sent, because Redis failed several times in a row or too many SETs waited
+	RedisSkipped   uint64 // GETs and SETs not sent, because a node failed several times in a row, too many SETs waited or a record was too long
 	RedisGets      uint64 // GETs sent
 	RedisBatches   uint64 // round trips of these GETs
 	StoreReads     uint64 // keys and plans that were read from stores
@@ -169,7 +172,9 @@ type CacheStats struct {
 	StoreAbandoned uint64 // lookups that stores have not returned from although their time is over; not a counter
 	StaleUses      uint64 // lookups answered with facts that are out of date, because the store could not be read
 
-	RedisErr error // why the last command to Redis failed; nil if it did not
+	// RedisErr is why reading from Redis or writing to it has failed, on any of its nodes;
+	// nil once that has succeeded on that node again.
+	RedisErr error
 
 	StandbyReads uint64 // of the StoreReads, those from a standby; they are used for MaxStaleness only
 

@@ -1,7 +1,6 @@
 package systemtest
 
-// A Redis that is of no use in part: a shard is frozen, nothing may be written, or a user may
-// do only what the documents say.
+// A Redis of several nodes, of which one is of no use.
 
 import (
 	"context"
@@ -27,11 +26,9 @@ func quantile(took []time.Duration, share float64) time.Duration {
 // TestFrozenShard: one of three nodes of a cluster, or of a ring, stops. The records of the
 // others are of use as before, and an ask for one of its own waits in vain now and then only.
 func TestFrozenShard(t *testing.T) {
+	testservers.Long(t)
 	for _, kind := range []string{"cluster", "ring"} {
 		t.Run(kind, func(t *testing.T) {
-			if kind == "ring" {
-				testservers.Long(t)
-			}
 			var nodes []*testservers.Server
 			var addrs []string
 			if kind == "cluster" {

@@ -86,7 +86,7 @@ func redisOutages() []outage {
 		return do(begin), do(end)
 	}
 	erroring := outage{name: "erroring"}
-	erroring.begin, erroring.end = command([]any{"ACL", "SETUSER", "default", "-get", "-set"}, []any{"ACL", "SETUSER", "default", "+get", "+set"})
+	erroring.begin, erroring.end = command([]any{"ACL", "SETUSER", "default", "-getrange", "-set"}, []any{"ACL", "SETUSER", "default", "+getrange", "+set"})
 	full := outage{name: "out of memory", reads: true}
 	full.begin, full.end = command([]any{"CONFIG", "SET", "maxmemory", "1"}, []any{"CONFIG", "SET", "maxmemory", "0"})
 	readOnly := outage{name: "read-only", reads: true}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/trackpilots/apikey"
 	"github.com/trackpilots/apikey/internal/feed"
+	"github.com/trackpilots/apikey/internal/shared"
 	"github.com/trackpilots/apikey/migrations"
 )
 
@@ -39,6 +40,7 @@ func doctor(ctx context.Context, a *app, args []string) error {
 	f := newFlags(a, "doctor")
 	databaseURL := f.databaseURL("PostgreSQL `URL`, as the services use it")
 	redisURL := f.redisURL("Redis `URL`; empty: Redis is not looked at")
+	redisTimeout := f.Duration("redis-timeout", shared.DefaultTimeout, "the RedisTimeout of the services")
 	f.jsonOutput()
 	if err := f.parse(args); err != nil {
 		return err
@@ -52,7 +54,7 @@ func doctor(ctx context.Context, a *app, args []string) error {
 		findings = append(findings, examinePostgres(ctx, pool)...)
 	}
 	if *redisURL != "" {
-		findings = append(findings, examineRedis(ctx, *redisURL)...)
+		findings = append(findings, examineRedis(ctx, *redisURL, *redisTimeout)...)
 	}
 	err = f.print(findings, func(w io.Writer) {
 		for _, found := range findings {
@@ -370,11 +372,11 @@ func checkRights(ctx context.Context, pool *pgxpool.Pool) (state, detail string,
 	return state, strings.Join(details, "; "), err
 }
 
-func examineRedis(ctx context.Context, redisURL string) []finding {
+func examineRedis(ctx context.Context, redisURL string, timeout time.Duration) []finding {
 	rdb, err := openRedis(ctx, redisURL, nil)
 	if err != nil {
 		return []finding{{"Redis", stateFault, err.Error()}}
 	}
 	defer rdb.Close()
-	return []finding{checkRedis(ctx, rdb), checkRedisMemory(ctx, rdb)}
+	return []finding{checkRedis(ctx, rdb, timeout), checkRedisMemory(ctx, rdb)}
 }

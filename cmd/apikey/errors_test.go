@@ -197,10 +197,10 @@ func TestRedisAsItIs(t *testing.T) {
 	t.Parallel()
 	_, addrs := testservers.StartRedisCluster(t, 3)
 	_, limited := testservers.StartRedisTCP(t)
-	if err := testservers.RedisAt(t, "redis://"+limited).Do(t.Context(), "ACL", "SETUSER", "cache", "on", ">p", "~apikey:3:*", "-@all", "+get", "+set").Err(); err != nil {
+	if err := testservers.RedisAt(t, "redis://"+limited).Do(t.Context(), "ACL", "SETUSER", "cache", "on", ">p", "~apikey:*", "-@all", "+getrange", "+set").Err(); err != nil {
 		t.Fatal(err)
 	}
-	for name, redisURL := range map[string]string{"a cluster": "redis://" + addrs[0], "a user with GET and SET": "redis://cache:p@" + limited} {
+	for name, redisURL := range map[string]string{"a cluster": "redis://" + addrs[0], "a user with GETRANGE and SET": "redis://cache:p@" + limited} {
 		t.Run(name, func(t *testing.T) {
 			s := shell{testservers.PostgresURL(t), redisURL}
 			s.must(t, "", "plan", "define", "--tier", "starter", "--api")

@@ -458,6 +458,17 @@ func TestDoctor(t *testing.T) {
 		if out := s.must(t, "", "doctor"); !strings.Contains(out, "maxmemory-policy is noeviction") || !strings.Contains(out, "SET, and GET in") {
 			t.Errorf("doctor says\n%s", out)
 		}
+		address, proxy := testservers.ProxyRedis(t, s.redisURL)
+		proxy.Delay(40 * time.Millisecond) // of each round trip; connecting takes several
+		s.redisURL = address
+		for timeout, want := range map[string]string{
+			"10s": "caches use it with a RedisTimeout of 10s", "1ms": "they never use it", "60ms": "they use it, but under load",
+		} {
+			world.WaitFor(t, func() bool { // on a busy machine it takes longer
+				out, _, status := s.run(t, "", "doctor", "--redis-timeout", timeout)
+				return strings.Contains(out, want) && (status == 1) == (timeout == "1ms")
+			})
+		}
 		s.redisURL = "redis://127.0.0.1:1"
 		if out, _, status := s.run(t, "", "doctor"); status != 1 || !strings.Contains(out, "no answer from Redis") {
 			t.Errorf("doctor says %d\n%s", status, out)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -14,7 +15,10 @@ import (
 
 	"github.com/trackpilots/apikey/internal/batch"
 	"github.com/trackpilots/apikey/internal/sealed"
+	"github.com/trackpilots/apikey/internal/testservers"
 )
+
+func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 
 const ttl = time.Minute
 
@@ -129,6 +133,98 @@ func TestBreaker(t *testing.T) {
 	}
 	if s := r.Stats(); s.Errors.Load() != breakAfter || s.Skipped.Load() != breakAfter {
 		t.Errorf("%d errors, %d skipped, want %d of each", s.Errors.Load(), s.Skipped.Load(), breakAfter)
+	}
+}
+
+// TestLongest: a record is written and read if it is not longer than what is read of any
+// value, as one of more than a thousand writing transactions is. Of longer ones only the
+// beginning is read, and a value that is no string is not ours.
+func TestLongest(t *testing.T) {
+	server := miniredis.RunT(t)
+	r := newRecords(t, server, "a")
+	body := []byte(strings.Repeat("281474976710655,", 1001)) // ids of transactions; most have ten digits or fewer
+	body = append(body, make([]byte, MaxRecord-sealed.Overhead-len(body))...)
+	r.Set("longest", body)
+	await(t, server, "longest")
+	if got, err := r.Get("longest"); string(got) != string(body) || err != nil {
+		t.Errorf("got %d bytes, %v", len(got), err)
+	}
+	body = append(body, 'x')
+	r.Set("longer", body)
+	r.Set("after it", nil)
+	await(t, server, "after it")
+	if n := r.Stats().Skipped.Load(); n != 1 || server.Exists("longer") {
+		t.Errorf("%d are skipped, want the one that nobody would read", n)
+	}
+	_ = server.Set("longer", string(r.sealer.Seal("longer", body)))
+	_, _ = server.Lpush("list", "x")
+	for i, name := range []string{"longer", "list"} {
+		if got, err := r.Get(name); got != nil || !errors.Is(err, ErrRejected) || r.Stats().Rejected.Load() != uint64(i+1) {
+			t.Errorf("%s: got %d bytes, %v, want it rejected", name, len(got), err)
+		}
+	}
+	if err := r.Fault(); err != nil || r.Stats().Errors.Load() > 0 {
+		t.Errorf("the fault is %v", err)
+	}
+}
+
+// TestFaultsApart: what fails in one way stays told while the other way succeeds.
+func TestFaultsApart(t *testing.T) {
+	server := miniredis.RunT(t)
+	r := newRecords(t, server, "a", failing{"set"})
+	r.Set("name", nil)
+	for deadline := time.Now().Add(30 * time.Second); r.Fault() == nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("no fault")
+		}
+	}
+	for range 2 * breakAfter {
+		if _, err := r.Get("name"); err != nil || r.Fault() == nil {
+			t.Fatalf("%v, and the fault is %v", err, r.Fault())
+		}
+	}
+}
+
+// failing is a hook that fails the commands of a name.
+type failing struct{ command string }
+
+func (failing) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (failing) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
+
+func (h failing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		if cmds[0].Name() == h.command {
+			return errors.New("NOPERM") // and the commands say nothing
+		}
+		return next(ctx, cmds)
+	}
+}
+
+// BenchmarkRead is what it costs to read a record by GET, by GETRANGE, and by a pipeline of
+// one GETRANGE, which is what Records do.
+func BenchmarkRead(b *testing.B) {
+	rdb := testservers.Redis(b)
+	if err := rdb.Set(b.Context(), "name", make([]byte, 250), time.Hour).Err(); err != nil {
+		b.Fatal(err)
+	}
+	for name, read := range map[string]func(context.Context) error{
+		"GET":      func(ctx context.Context) error { return rdb.Get(ctx, "name").Err() },
+		"GETRANGE": func(ctx context.Context) error { return rdb.GetRange(ctx, "name", 0, MaxRecord-1).Err() },
+		"pipeline": func(ctx context.Context) error {
+			pipe := rdb.Pipeline()
+			pipe.GetRange(ctx, "name", 0, MaxRecord-1)
+			_, err := pipe.Exec(ctx)
+			return err
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if err := read(b.Context()); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
