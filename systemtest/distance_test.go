@@ -24,6 +24,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/trackpilots/apikey"
+	"github.com/trackpilots/apikey/internal/localserver"
 	"github.com/trackpilots/apikey/internal/testservers"
 	"github.com/trackpilots/apikey/internal/world"
 )
@@ -42,10 +43,9 @@ func selfSigned(t testing.TB) (certFile, keyFile string, roots *x509.CertPool) {
 	world.MustNot(t, err)
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	world.MustNot(t, err)
-	dir, err := os.MkdirTemp("/tmp", "apikey") // the server runs as another user
+	dir, err := localserver.TempDir() // the server runs as another user
 	world.MustNot(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	world.MustNot(t, os.Chmod(dir, 0o755))
 	write := func(name, kind string, bytes []byte) string {
 		path := filepath.Join(dir, name)
 		world.MustNot(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: bytes}), 0o644))

@@ -185,6 +185,29 @@ func TestFaultsApart(t *testing.T) {
 	}
 }
 
+// TestNodeThatIsGone: the fault of a node that has no records any more is not told for ever.
+func TestNodeThatIsGone(t *testing.T) {
+	old, next := miniredis.RunT(t), miniredis.RunT(t)
+	ring := redis.NewRing(&redis.RingOptions{Addrs: map[string]string{"a": old.Addr()}, ContextTimeoutEnabled: true, HeartbeatFrequency: time.Hour})
+	defer ring.Close()
+	limits := batch.Limits{AtOnce: 1, Size: 10, Queue: 100, Budget: 5 * time.Second}
+	r := New(ring, sealed.NewSealer([]byte(strings.Repeat("a", sealed.MinSecretLen))), limits, ttl, slog.New(slog.DiscardHandler))
+	if _, err := r.Get("name"); err != nil {
+		t.Fatal(err)
+	}
+	old.SetError("LOADING")
+	if _, err := r.Get("name"); err == nil || r.Fault() == nil || !strings.Contains(r.Fault().Error(), old.Addr()) {
+		t.Errorf("%v, and the fault is %v", err, r.Fault())
+	}
+	ring.SetAddrs(map[string]string{"a": next.Addr()})
+	if err := r.Fault(); err != nil {
+		t.Errorf("the fault is %v", err)
+	}
+	if _, err := r.Get("name"); err != nil {
+		t.Error(err)
+	}
+}
+
 // failing is a hook that fails the commands of a name.
 type failing struct{ command string }
 
