@@ -356,6 +356,9 @@ func checkRights(ctx context.Context, pool *pgxpool.Pool) (state, detail string,
 		FROM functions f JOIN pg_roles r ON r.oid = proowner
 		WHERE f.oid = to_regprocedure('apikey_announce()')::oid AND rolsuper`,
 		[]string{"api_keys", "api_key_uses", "org_plans", "plan_catalogue", "apikey_outbox", "apikey_announced", "apikey_settings", "apikey_migrations"})
+	if err != nil {
+		return "", "", err
+	}
 	var details []string
 	var kind, text string
 	state = stateOK
