@@ -100,9 +100,9 @@ func NewPostgresKeyStore(db DB) *PostgresKeyStore {
 	return &PostgresKeyStore{pg.NewReader(db)}
 }
 
-// stampSQL are the first columns of a lookup: the snapshot, the server, the identity of
-// the tables, and the process that answers.
-const stampSQL = `pg_catalog.pg_current_snapshot()::text, ` + feed.ServerSQL + `, ` + feed.OriginSQL + `, pg_catalog.pg_backend_pid()`
+// stampSQL are the first columns of a lookup: the snapshot, whether it is of a standby, the
+// identity of the tables, and the process that answers.
+const stampSQL = `pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_is_in_recovery(), ` + feed.OriginSQL + `, pg_catalog.pg_backend_pid()`
 
 // newLookup returns the statement that looks up one subject or many. It begins with stampSQL,
 // and returns a row even if nothing is found, so that "absent" has a stamp, too. $1 is the

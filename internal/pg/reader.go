@@ -25,7 +25,7 @@ func NewReader(db DB) *Reader { return &Reader{db: db} }
 func (r *Reader) DB() DB { return r.db }
 
 // A Lookup is a statement that looks up the subject $1, and one for many subjects. The first
-// columns are a snapshot, the [snapshot.Server], the [snapshot.Origin], and the process that
+// columns are a snapshot, whether it is of a standby, the [snapshot.Origin], and the process that
 // answers.
 type Lookup struct{ One, Many string }
 
@@ -76,10 +76,10 @@ func lookUp[S any](ctx context.Context, db DB, conn *pgx.Conn, l Lookup, subject
 		statement, arg = l.One, subjects[0]
 	}
 	var stamp string
-	var server snapshot.Server
+	var standby bool
 	var origin snapshot.Origin
 	var pid uint32
-	columns = append([]any{&stamp, &server, &origin, &pid}, columns...)
+	columns = append([]any{&stamp, &standby, &origin, &pid}, columns...)
 	query := func(args ...any) error {
 		rows, err := db.Query(ctx, statement, args...)
 		if err != nil {
@@ -102,11 +102,11 @@ func lookUp[S any](ctx context.Context, db DB, conn *pgx.Conn, l Lookup, subject
 		conn.PgConn().CustomData()[unpooledKey] = true
 	}
 	snapshot.ReportOrigin(ctx, origin)
-	if server == 0 {
+	if standby {
 		snapshot.ReportStandby(ctx)
 		return nil
 	}
-	snapshot.Report(ctx, stamp, server)
+	snapshot.Report(ctx, stamp, snapshot.Server(origin))
 	return nil
 }
 

@@ -25,8 +25,8 @@ func TestMain(m *testing.M) { os.Exit(testservers.Main(m)) }
 const budget = 2 * time.Second
 
 var words = pg.Lookup{
-	One:  `SELECT pg_current_snapshot()::text, 1::bigint, 1::bigint, pg_backend_pid(), word FROM words WHERE word = $1`,
-	Many: `SELECT pg_current_snapshot()::text, 1::bigint, 1::bigint, pg_backend_pid(), word FROM words WHERE word = ANY($1)`,
+	One:  `SELECT pg_current_snapshot()::text, false, 1::bigint, pg_backend_pid(), word FROM words WHERE word = $1`,
+	Many: `SELECT pg_current_snapshot()::text, false, 1::bigint, pg_backend_pid(), word FROM words WHERE word = ANY($1)`,
 }
 
 // look looks up a word within the budget, and returns the class of the error.
