@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -39,13 +38,7 @@ func newStage(t *testing.T, prepare string) *stage {
 	server := testservers.StartPostgres(t)
 	s := &stage{super: testservers.Pool(t, server.URL)}
 	testservers.Exec(t, s.super, `CREATE ROLE tables_owner LOGIN; CREATE ROLE intruder LOGIN; CREATE ROLE anon; ALTER SCHEMA public OWNER TO tables_owner; `+prepare)
-	as := func(role string) string {
-		u, err := url.Parse(server.URL)
-		world.MustNot(t, err)
-		u.User = url.User(role)
-		return u.String()
-	}
-	s.owner, s.intruderURL = testservers.Pool(t, as("tables_owner")), as("intruder")
+	s.owner, s.intruderURL = testservers.Pool(t, asRole(t, server.URL, "tables_owner")), asRole(t, server.URL, "intruder")
 	return s
 }
 

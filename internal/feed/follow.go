@@ -3,12 +3,12 @@ package feed
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/trackpilots/apikey/internal/batch"
 	"github.com/trackpilots/apikey/internal/clock"
 )
 
@@ -57,12 +57,8 @@ func Follow(ctx context.Context, pool *pgxpool.Pool, log *Log) {
 	}
 }
 
-// guarded calls do, and returns its error. If do panics, that is an error, too.
-func guarded(do func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-		}
-	}()
-	return do()
+// guarded calls do, and returns its error. If do panics, or ends its goroutine, that is an error, too.
+func guarded(do func() error) error {
+	_, err := batch.Run(func() (struct{}, error) { return struct{}{}, do() })
+	return err
 }

@@ -44,9 +44,10 @@ type History string
 
 // A session is a period in which every announcement is received.
 type session struct {
-	first snapshot.Snapshot // taken when the connection listened
-	known clock.Instant     // up to this time all changes are known
-	live  bool              // it has been renewed
+	server snapshot.Server
+	first  snapshot.Snapshot // taken when the connection listened
+	known  clock.Instant     // up to this time all changes are known
+	live   bool              // it has been renewed
 }
 
 // vouching is which sessions vouch for records. It is immutable, and replaced as a whole.
@@ -64,13 +65,19 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	v := *l.vouching.Load()
-	server, present := first.Server(), l.current()
+	server, present := first.Server(), l.current() // of a period
 	if l.history != history || present.server != server {
+		began := []*run{newRun(server)}
+		if real := l.serverOf(server); real != server && !slices.Contains(v.servers, real) { // for records from before the first session there
+			began = []*run{newRun(real), began[0]}
+			began[0].ended = asked
+		}
 		if l.history == history && !slices.Contains(v.servers, server) {
 			present.ended = asked
-			l.runs = append(slices.DeleteFunc(l.runs, func(r *run) bool { return r != present && r.ended.Age(asked) > l.life }), newRun(server))
+			l.runs = slices.DeleteFunc(l.runs, func(r *run) bool { return r != present && r.ended.Age(asked) > l.life })
+			l.runs = append(l.runs, began...)
 		} else { // what was announced in another history refutes nothing any more
-			l.history, l.runs, v.session, v.ended = history, []*run{newRun(server)}, nil, nil
+			l.history, l.runs, v.session, v.ended = history, began, nil, nil
 		}
 		v.servers = nil
 		for _, r := range l.runs {
@@ -84,7 +91,7 @@ func (l *Log) Begin(history History, first snapshot.Snapshot, asked clock.Instan
 	if v.session != nil {
 		v.ended = v.session
 	}
-	v.session, v.mismatch = &session{first: first, known: asked.Add(-l.lease)}, false
+	v.session, v.mismatch = &session{server: l.serverOf(server), first: first, known: asked.Add(-l.lease)}, false
 	l.vouching.Store(&v)
 	l.begun.Store(int64(time.Since(began)))
 }
@@ -112,7 +119,7 @@ func (l *Log) renew(known clock.Instant) (live bool) {
 		return false
 	}
 	live = !v.session.live
-	v.session = &session{v.session.first, known, true}
+	v.session = &session{v.session.server, v.session.first, known, true}
 	l.vouching.Store(&v)
 
 	kept := l.suspects[:0]
@@ -154,18 +161,21 @@ var ErrOtherServer = errors.New("the stores read from another server, database o
 // Read notes that a store has read from a server. If the session listens to another one, or for
 // other tables, it no longer vouches for records.
 func (l *Log) Read(server snapshot.Server) {
+	if server != 0 {
+		l.readFrom.Store(int64(server))
+	}
 	v := l.vouching.Load()
 	if v.session == nil || v.mismatch || server == 0 {
 		return
 	}
-	if v.session.first.Server() == server {
+	if v.session.server == server {
 		l.lastRead.Store(int64(time.Since(began)))
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	changed := *l.vouching.Load()
-	if changed.session != nil && changed.session.first.Server() != server {
+	if changed.session != nil && changed.session.server != server {
 		changed.mismatch, changed.ended = true, nil
 		l.vouching.Store(&changed)
 	}
@@ -232,11 +242,12 @@ func (l *Log) Vouched(snap snapshot.Snapshot, cell Cell, now clock.Instant, stri
 	return false
 }
 
-// Foreign reports whether snap is not of the present history.
+// Foreign reports whether snap is not of the present history. What the stores have read last, while
+// there is no session, is not foreign.
 func (l *Log) Foreign(snap snapshot.Snapshot) bool {
-	servers := l.vouching.Load().servers
-	if servers == nil || snap.IsZero() {
+	v := l.vouching.Load()
+	if v.servers == nil || snap.IsZero() || slices.Contains(v.servers, snap.Server()) {
 		return false
 	}
-	return !slices.Contains(servers, snap.Server())
+	return v.session != nil || snap.Server() != snapshot.Server(l.readFrom.Load())
 }

@@ -16,6 +16,7 @@ package feed
 
 import (
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,7 +32,9 @@ type Log struct {
 	logger   *slog.Logger
 	epochs   [cells]atomic.Uint32
 	vouching atomic.Pointer[vouching]
-	lastRead atomic.Int64  // when a store last read from the session's server, since began
+	lastRead atomic.Int64 // when a store last read from the session's server, since began
+	readFrom atomic.Int64 // the snapshot.Server that a store last read from
+	periods  atomic.Pointer[[]period]
 	begun    atomic.Int64  // when a session last began, since began; 0: none has
 	live     chan struct{} // closed when a session has been live
 	goesLive sync.Once
@@ -48,10 +51,11 @@ type Log struct {
 	fault                                       atomic.Pointer[error]
 }
 
-// A run is what was announced in one run of a server. Transaction ids of different runs are not
-// compared: a server that has crashed, or was restored from a copy of its disk, may use some again.
+// A run is what was announced to one session. Transaction ids of different runs are not compared: a
+// server that has crashed, or was restored from a copy of its disk, uses some again, and while a
+// session lasts its server has not crashed.
 type run struct {
-	server snapshot.Server
+	server snapshot.Server // of its records: see [Log.Period]
 	marks  [kinds]marks
 	ended  clock.Instant // when the next one was found; zero: it is the present one
 }
@@ -94,6 +98,7 @@ const (
 func NewLog(lease, life time.Duration, logger *slog.Logger) *Log {
 	l := &Log{lease: lease, life: life, logger: logger, live: make(chan struct{}), runs: []*run{newRun(0)}}
 	l.vouching.Store(new(vouching))
+	l.periods.Store(new([]period))
 	for cell := range l.epochs {
 		l.epochs[cell].Store(1)
 	}
@@ -216,6 +221,9 @@ func (l *Log) Refuted(snap snapshot.Snapshot, topics ...Topic) bool {
 }
 
 func (l *Log) refuted(snap snapshot.Snapshot, topics []Topic) bool {
+	if servers := l.vouching.Load().servers; servers != nil && !slices.Contains(servers, snap.Server()) {
+		return false // it is later than all that was heard
+	}
 	for i := len(l.runs) - 1; i >= 0; i-- {
 		r := l.runs[i]
 		ofRun := r.server == snap.Server() || l.vouching.Load().servers == nil // no server is known yet

@@ -47,7 +47,7 @@ var errPooler = errors.New("a pooler (such as PgBouncer) is in between, which do
 type wire struct {
 	conn   *pgconn.HijackedConn
 	log    *Log
-	server snapshot.Server
+	server snapshot.Server // of its period
 
 	mu       sync.Mutex
 	proof    proof
@@ -160,9 +160,10 @@ func begin(ctx context.Context, conn *pgx.Conn, log *Log) (*wire, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &wire{conn: hijacked, log: log, server: server, answered: time.Now(), announcer: make(chan struct{}), announced: make(chan struct{}, 1)}
+	w := &wire{conn: hijacked, log: log, answered: time.Now(), announcer: make(chan struct{}), announced: make(chan struct{}, 1)}
 	w.every.Store(every)
-	first = first.On(server)
+	w.server = log.newPeriod(server, asked)
+	first = first.On(w.server)
 	w.proof.read(read{asked, first})
 	log.Begin(History(history), first, asked)
 	return w, nil

@@ -19,6 +19,7 @@ package outage
 import (
 	"errors"
 	"strings"
+	"syscall"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -112,6 +113,11 @@ func Of(err error) Class {
 	}
 	if _, ok := errors.AsType[pgx.ScanArgError](err); ok || errors.Is(err, pgx.ErrTxClosed) {
 		return Ours
+	}
+	for _, short := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOBUFS, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, short) { // this machine has no more of what a connection takes
+			return Busy
+		}
 	}
 	for ; err != nil; err = errors.Unwrap(err) {
 		if class, ok := clientSide[err.Error()]; ok {

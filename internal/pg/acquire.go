@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,45 +28,50 @@ const (
 
 // A limit remembers that the server refuses further connections.
 type limit struct {
-	mu      sync.Mutex
-	refusal error     // nil: it does not
-	conns   int32     // that the pool had then
-	until   time.Time // when to try again
+	mu    sync.Mutex
+	last  *refusal // nil: it does not
+	conns int32    // that the pool had then
+	until time.Time
 }
 
-// refused returns the refusal, and nil to one who may try again after a while.
-func (l *limit) refused() error {
+// A refusal is an answer of the server.
+type refusal struct {
+	err error
+	at  time.Time
+}
+
+// refused returns the last refusal, and nil to one who may try again after a while.
+func (l *limit) refused() *refusal {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.refusal != nil && time.Now().After(l.until) {
+	if l.last != nil && time.Now().After(l.until) {
 		l.until = nextKnock()
 		return nil
 	}
-	return l.refusal
+	return l.last
 }
 
-// set notes that an attempt was refused when the pool had so many connections.
-func (l *limit) set(refusal error, conns int32) {
+// note notes how an attempt has ended when the pool had so many connections. That it did not get one
+// for another reason than a refusal says that the server does not refuse any more.
+func (l *limit) note(err error, conns int32) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.refusal, l.conns, l.until = refusal, conns, nextKnock()
-}
-
-// lift notes how many connections the pool has. If there are more than when the server refused
-// one, it may give more.
-func (l *limit) lift(conns int32) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.refusal != nil && conns > l.conns {
-		l.refusal = nil
+	switch {
+	case IsRefusal(err):
+		l.last, l.conns, l.until = &refusal{err, time.Now()}, conns, nextKnock()
+	case err != nil, conns > l.conns:
+		l.last = nil
 	}
 }
 
-// is reports whether the last attempt was refused.
-func (l *limit) is() bool {
+// since returns the last refusal if it came after a time, or nil.
+func (l *limit) since(t time.Time) *refusal {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.refusal != nil
+	if l.last == nil || l.last.at.Before(t) {
+		return nil
+	}
+	return l.last
 }
 
 func nextKnock() time.Time { return time.Now().Add(knockEvery/2 + rand.N(knockEvery)) }
@@ -77,30 +83,33 @@ func IsRefusal(err error) bool {
 }
 
 // acquire takes a connection from pool. If the server refuses further connections, it waits
-// for one that the pool already has.
+// for one that the pool already has, until ctx ends. Without a deadline it does not wait.
 func (l *limit) acquire(ctx context.Context, pool *pgxpool.Pool) (*pgxpool.Conn, error) {
+	began := time.Now()
+	_, limited := ctx.Deadline()
 	for {
-		refusal := l.refused()
-		if refusal == nil {
+		refused := l.refused()
+		if refused == nil {
 			conn, err := pool.Acquire(ctx)
-			switch {
-			case err == nil:
-				l.lift(pool.Stat().TotalConns())
-				return conn, nil
-			case !IsRefusal(err):
-				return nil, err
+			l.note(err, pool.Stat().TotalConns())
+			if !IsRefusal(err) || !limited {
+				return conn, err
 			}
-			refusal = err
-			l.set(err, pool.Stat().TotalConns())
+		} else if !limited {
+			return nil, refused.err
 		}
 		if conn := idle(ctx, pool); conn != nil {
 			return conn, nil
 		}
 		select {
 		case <-time.After(waitForFree):
+			continue
 		case <-ctx.Done():
-			return nil, refusal // the server's word: more than that our time is over
 		}
+		if refused := l.since(began); refused != nil {
+			return nil, refused.err // the server's word: more than that our time is over
+		}
+		return nil, ctx.Err()
 	}
 }
 
@@ -109,14 +118,11 @@ func idle(ctx context.Context, pool *pgxpool.Pool) *pgxpool.Conn {
 	if pool.Stat().IdleConns() == 0 {
 		return nil
 	}
-	conns := pool.AcquireAllIdle(ctx)
-	if len(conns) == 0 {
+	conn, err := pool.Acquire(ctx)
+	if err != nil {
 		return nil
 	}
-	for _, conn := range conns[1:] {
-		conn.Release()
-	}
-	return conns[0]
+	return conn
 }
 
 // GiveUp closes a connection of pool that nobody uses, so that the server has one more for others.
@@ -125,12 +131,26 @@ func GiveUp(ctx context.Context, pool *pgxpool.Pool) bool {
 	if pool.Stat().TotalConns() < 2 {
 		return false
 	}
-	conn := idle(ctx, pool)
-	if conn == nil {
-		return false
+	done, err := batch.Run(func() (bool, error) { // hooks of the pool are called
+		conn := idle(ctx, pool)
+		if conn == nil {
+			return false, nil
+		}
+		return true, conn.Hijack().Close(ctx)
+	})
+	return done || err != nil
+}
+
+// ofPool returns an error of a pool with its class: if it is neither of the server nor of the network,
+// a hook of the application has returned it.
+func ofPool(err error) error {
+	_, server := errors.AsType[*pgconn.PgError](err)
+	_, connecting := errors.AsType[*pgconn.ConnectError](err)
+	_, network := errors.AsType[net.Error](err)
+	if server || connecting || network || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return err
 	}
-	_ = conn.Hijack().Close(ctx)
-	return true
+	return outage.As(outage.Ours, err)
 }
 
 // An asker finds out whether a server is there when a lookup has got no connection from the
@@ -197,7 +217,7 @@ func (a *asker) begin(ctx context.Context, db DB, l *limit) *asking {
 	}
 	s.patient = deadline.Sub(s.began) / 4
 	s.timer = time.AfterFunc(s.patient, func() {
-		if !l.is() { // else it has said so
+		if l.since(s.began) == nil { // else it has said so
 			s.question.Store(a.ask(s.began, deadline, pool))
 		}
 	})
@@ -255,7 +275,7 @@ func connectOnce(ctx context.Context, pool *pgxpool.Pool) error {
 	config := settings.ConnConfig.Copy()
 	if settings.BeforeConnect != nil {
 		if err := settings.BeforeConnect(ctx, config); err != nil {
-			return err
+			return outage.As(outage.Ours, err)
 		}
 	}
 	config.OnNotification, config.OnNotice, config.AfterConnect, config.Tracer = nil, nil, nil, nil

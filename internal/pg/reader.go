@@ -44,12 +44,16 @@ func LookUp[S any](ctx context.Context, r *Reader, l Lookup, subjects []S, colum
 	for tries := pool.Config().MaxConns; ; tries-- {
 		conn, err := r.limit.acquire(ctx, pool)
 		if err != nil {
-			return asked.judge(err)
+			return asked.judge(ofPool(err))
 		}
 		asked.connected()
-		err = lookUp(ctx, conn, conn.Conn(), l, subjects, columns, each)
-		dead := err != nil && conn.Conn().IsClosed()
-		conn.Release()
+		dead := false
+		err = func() error {
+			defer conn.Release() // a hook may panic, or end the goroutine
+			err := lookUp(ctx, conn, conn.Conn(), l, subjects, columns, each)
+			dead = err != nil && conn.Conn().IsClosed()
+			return err
+		}()
 		// The pool does not notice that the server has closed its connections, as it has all of them
 		// when it was started again. That says nothing about the server: another one is tried, or made.
 		if !dead || ctx.Err() != nil || tries <= 0 {

@@ -162,7 +162,7 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (ans
 		return answer[V]{inMemory, Memory}, nil
 	}
 	name := l.kind.Name(subject)
-	inRedis, usable, resort := l.get(subject, name, store)
+	inRedis, usable, owned := l.get(subject, name, store)
 	if usable {
 		l.remember(subject, inRedis)
 		return answer[V]{inRedis, Redis}, nil
@@ -172,9 +172,7 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (ans
 	read, err := store.batches.Do(subject, latest != nil && latest.Found)
 	if err != nil {
 		l.count(err)
-		if !resort {
-			latest = known
-		}
+		latest = l.lastResort(known, inRedis, owned, store)
 		if !outage.IsAway(err) || latest == nil || !l.usableIfError(subject, latest, clock.At(time.Now())) {
 			return answer[V]{}, err
 		}
@@ -188,6 +186,19 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (ans
 		l.shared.Redis.Set(name, l.encode(read))
 	}
 	return answer[V]{read.rec, Database}, nil
+}
+
+// lastResort returns the record that may admit while the store is away, or nil. One from Redis may
+// only if this replica hears of changes that it has not seen: in Redis nothing overwrites a record of
+// a key that was deleted, or was not asked for since. But it may tell that a known one is overtaken.
+func (l *Layer[S, V]) lastResort(known, inRedis *Record[V], owned bool, store *Store[S, V]) *Record[V] {
+	switch {
+	case !owned || later(known, inRedis) == known:
+		return known
+	case l.shared.Log.Covered(inRedis.Snapshot), inRedis.Snapshot.IsZero() && !store.stamps, !l.admits(inRedis, clock.At(time.Now())):
+		return inRedis
+	}
+	return known
 }
 
 // count counts the error of a lookup.
@@ -220,20 +231,17 @@ func (l *Layer[S, V]) compare(subject S, old, read *Record[V]) {
 	}
 }
 
-// get returns the record in Redis, whether it is usable, and whether it may be the last resort if
-// the store is away. It returns nil if there is no record, or it was not sealed under the secret.
+// get returns the record in Redis, whether it is usable, and whether it is known to be of the store's
+// tables. It returns nil if there is no record, or it was not sealed under the secret.
 //
 // No record is usable until the store was read once, which tells its tables: two databases may
-// share one Redis. Others of our tables are the last resort only if this replica hears of changes
-// that they have not seen: in Redis nothing overwrites a record of a key that was deleted, or was
-// not asked for since.
-func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Record[V], usable, resort bool) {
+// share one Redis.
+func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Record[V], usable, owned bool) {
 	body, err := l.shared.Redis.Get(name)
 	if err != nil && !errors.Is(err, shared.ErrRejected) {
 		return nil, false, false
 	}
 	now := clock.At(time.Now())
-	var owned bool
 	if body != nil {
 		var origin snapshot.Origin
 		rec, origin = l.decode(subject, body, now)
@@ -244,7 +252,7 @@ func (l *Layer[S, V]) get(subject S, name string, store *Store[S, V]) (rec *Reco
 	}
 	if !owned || !l.Usable(subject, rec, now) {
 		l.shared.Stats.Misses.Add(1)
-		return rec, false, owned && (l.shared.Log.Covered(rec.Snapshot) || rec.Snapshot.IsZero() && !store.stamps)
+		return rec, false, owned
 	}
 	l.shared.Stats.Hits.Add(1)
 	return rec, true, true
@@ -254,7 +262,7 @@ func (l *Layer[S, V]) encode(r reading[V]) []byte {
 	rec := r.rec
 	body := sealed.AppendInt(nil, rec.ReadAt.UnixNano())
 	body = sealed.AppendInt(body, int64(r.origin))
-	body = sealed.AppendInt(body, int64(rec.Snapshot.Server()))
+	body = sealed.AppendInt(body, int64(r.server))
 	return l.kind.Append(sealed.AppendString(body, rec.Snapshot.String()), &rec.Value)
 }
 
@@ -270,7 +278,7 @@ func (l *Layer[S, V]) decode(subject S, body []byte, now clock.Instant) (*Record
 	if err != nil || !past {
 		return nil, 0
 	}
-	rec := l.NewRecord(subject, Stamp{snap.On(server), readAt})
+	rec := l.NewRecord(subject, Stamp{snap.On(l.shared.Log.Period(server, readAt)), readAt})
 	rec.Found = true
 	l.kind.Decode(d, rec)
 	if !d.Done() {

@@ -42,6 +42,7 @@ type Tables struct{ origin atomic.Int64 } // the snapshot.Origin of what was las
 // A reading is a record and the tables that it was read from.
 type reading[V any] struct {
 	rec    *Record[V]
+	server snapshot.Server // not of a period of this replica, as the record's is
 	origin snapshot.Origin
 }
 
@@ -108,7 +109,9 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 			return nil, err
 		}
 		stamp.Snapshot = collector.Snapshot()
-		l.shared.Log.Read(stamp.Snapshot.Server())
+		server := stamp.Snapshot.Server()
+		l.shared.Log.Read(server)
+		stamp.Snapshot = stamp.Snapshot.On(l.shared.Log.Period(server, stamp.ReadAt))
 		if collector.Standby() {
 			stats.Standby.Add(uint64(len(subjects)))
 		}
@@ -120,7 +123,7 @@ func NewStore[S comparable, V, F any](l *Layer[S, V], r Reader[S, V, F]) *Store[
 				rec.Found = true
 				r.Fill(rec, fact)
 			}
-			readings[i] = reading[V]{rec, collector.Origin()}
+			readings[i] = reading[V]{rec, server, collector.Origin()}
 		}
 		return readings, nil
 	}
