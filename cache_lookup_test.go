@@ -264,7 +264,7 @@ func TestHangingStore(t *testing.T) {
 		if n := cache.Stats().StoreAbandoned; n != 64 {
 			t.Errorf("%d lookups are abandoned, want 64", n)
 		}
-		if n := runtime.NumGoroutine() - before; n > 2*64 {
+		if n := runtime.NumGoroutine() - before; n > 3*64 { // two for each, and those of tests beside this one
 			t.Errorf("%d goroutines hang", n)
 		}
 		close(hangs)

@@ -3,6 +3,7 @@ package pg
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -51,7 +52,7 @@ func LookUp[S any](ctx context.Context, r *Reader, l Lookup, subjects []S, colum
 		err = func() error {
 			defer conn.Release() // a hook may panic, or end the goroutine
 			err := lookUp(ctx, conn, conn.Conn(), l, subjects, columns, each)
-			dead = err != nil && conn.Conn().IsClosed()
+			dead = conn.Conn().IsClosed() && isLastWord(err)
 			return err
 		}()
 		// The pool does not notice that the server has closed its connections, as it has all of them
@@ -60,6 +61,13 @@ func LookUp[S any](ctx context.Context, r *Reader, l Lookup, subjects []S, colum
 			return asked.judge(err)
 		}
 	}
+}
+
+// isLastWord reports whether err may be what a connection said before it was used, or nothing: the
+// server had ended it.
+func isLastWord(err error) bool {
+	e, said := errors.AsType[*pgconn.PgError](err)
+	return err != nil && (!said || slices.Contains([]string{"57P01", "57P02", "57P05"}, e.Code))
 }
 
 // connOf returns the connection of db; nil: not known.
