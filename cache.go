@@ -71,7 +71,8 @@ type CacheOptions struct {
 	AcceptedSecrets [][]byte
 
 	// MemoryEntries is the number of keys that the process keeps in memory, each with its
-	// plan, in about 430 bytes. Memory grows as keys are used; when it is full, keys that
+	// plan, in about 430 bytes, and some 9 more for each transaction that was writing when it
+	// was read. Memory grows as keys are used; when it is full, keys that
 	// were not used lately make room. If negative, nothing is kept. Defaults to 131,072.
 	MemoryEntries int
 
