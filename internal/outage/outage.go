@@ -114,8 +114,8 @@ func Of(err error) Class {
 	if _, ok := errors.AsType[pgx.ScanArgError](err); ok || errors.Is(err, pgx.ErrTxClosed) {
 		return Ours
 	}
-	for _, short := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOBUFS, syscall.EADDRNOTAVAIL} {
-		if errors.Is(err, short) { // this machine has no more of what a connection takes
+	for _, short := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOBUFS, syscall.EADDRNOTAVAIL, syscall.EAGAIN} {
+		if errors.Is(err, short) { // this machine has no more of what a connection takes, or a local server's queue is full
 			return Busy
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"syscall"
 	"testing"
 
@@ -67,6 +68,8 @@ func TestErrors(t *testing.T) {
 		"pooler: no server":                 {&pgconn.PgError{Code: "08P01", Message: "server login has been failing, try again later (server_login_retry)"}, outage.Away},
 		"these words by another code":       {&pgconn.PgError{Code: "42P01", Message: "query_wait_timeout"}, outage.Ours},
 		"a row that cannot be read":         {pgx.ScanArgError{Err: errors.New("no")}, outage.Ours},
+		"no descriptors here":               {fmt.Errorf("dial: %w", &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)}), outage.Busy},
+		"a local server's queue is full":    {&net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.EAGAIN)}, outage.Busy},
 		"a transaction that has ended":      {fmt.Errorf("reading: %w", pgx.ErrTxClosed), outage.Ours},
 	} {
 		if got := outage.Of(c.err); got != c.want {
