@@ -169,8 +169,10 @@ func measureFleet(t *testing.T, size int) (r fleetResult) {
 	server := testservers.StartPostgres(t, "-c", fmt.Sprint("max_connections=", size+50))
 	pool := testservers.Pool(t, testservers.PostgresURLOn(t, server)+"&pool_max_conns=10")
 	if _, err := pool.Exec(t.Context(), `INSERT INTO plan_catalogue VALUES ('starter', true);
-		INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(0, 999) i;
-		SELECT apikey_announce()`); err != nil {
+		INSERT INTO org_plans (org_id, plan, status) SELECT 'org ' || i, 'starter', 'active' FROM generate_series(0, 999) i`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), `SELECT apikey_announce()`); err != nil {
 		t.Fatal(err)
 	}
 	f := newFleet(t, pool, size)
