@@ -159,14 +159,7 @@ func TestConstraints(t *testing.T) {
 // a subject, by the transaction that made it; nothing else is.
 func TestAnnouncements(t *testing.T) {
 	pool := testservers.Postgres(t)
-	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
-	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
-		t.Fatal(err)
-	}
+	conn := listen(t, pool)
 	subject := func(key string) string {
 		var s string
 		if err := pool.QueryRow(t.Context(), `SELECT encode(substring(sha256($1::text::bytea), 1, 8), 'hex')`, key).Scan(&s); err != nil {
@@ -319,14 +312,7 @@ func manyPlans(n int) (payloads []string) {
 // and announces what can have changed and no more.
 func TestBulk(t *testing.T) {
 	pool := testservers.Postgres(t)
-	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
-	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
-		t.Fatal(err)
-	}
+	conn := listen(t, pool)
 	for _, c := range []struct {
 		name, before, change string
 		one                  int      // announced one by one
@@ -385,14 +371,10 @@ func TestBulk(t *testing.T) {
 // tables of its own. It cannot say that another transaction has made them.
 func TestOutboxOfOthers(t *testing.T) {
 	pool := testservers.Postgres(t)
-	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
+	conn := listen(t, pool)
 	testservers.Exec(t, pool, `CREATE ROLE has_own_tables; GRANT INSERT (kind, subject) ON apikey_outbox TO has_own_tables`)
 	defer testservers.Exec(t, pool, `DROP OWNED BY has_own_tables; DROP ROLE has_own_tables`)
-	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes; SET ROLE has_own_tables`); err != nil {
+	if _, err := conn.Exec(t.Context(), `SET ROLE has_own_tables`); err != nil {
 		t.Fatal(err)
 	}
 	const subject = "0123456789abcdef"
@@ -415,14 +397,10 @@ func TestOutboxOfOthers(t *testing.T) {
 // them, and every change is announced.
 func TestWriterRole(t *testing.T) {
 	pool := testservers.Postgres(t)
-	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
+	conn := listen(t, pool)
 	testservers.Exec(t, pool, `CREATE ROLE writes_only; GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON api_keys, api_key_uses, org_plans, plan_catalogue TO writes_only`)
 	defer testservers.Exec(t, pool, `DROP OWNED BY writes_only; DROP ROLE writes_only`)
-	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes; SET ROLE writes_only`); err != nil {
+	if _, err := conn.Exec(t.Context(), `SET ROLE writes_only`); err != nil {
 		t.Fatal(err)
 	}
 	for _, sql := range []string{
@@ -475,14 +453,7 @@ func TestTidy(t *testing.T) {
 // counts as a change of everything.
 func TestJunkInTheOutbox(t *testing.T) {
 	pool := testservers.Postgres(t)
-	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
-	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
-		t.Fatal(err)
-	}
+	conn := listen(t, pool)
 	testservers.Exec(t, pool, `ALTER TABLE apikey_outbox DROP CONSTRAINT apikey_outbox_kind_check, DROP CONSTRAINT apikey_outbox_subject_check`)
 	for _, junk := range [][2]string{
 		{strings.Repeat("all ", 100), ""}, {strings.Repeat("k", 2500), ""}, {"plan", strings.Repeat("o", 2500)}, {"", ""}, {"plan", "two words"},
@@ -540,14 +511,7 @@ func TestAnnounceWhileWriting(t *testing.T) {
 // TestBacklog: what has waited for long is announced at once, and deleted in steps.
 func TestBacklog(t *testing.T) {
 	pool := testservers.Postgres(t)
-	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.WithoutCancel(t.Context()))
-	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
-		t.Fatal(err)
-	}
+	conn := listen(t, pool)
 	running, err := pool.Begin(t.Context()) // a change that is under way when the backlog is announced
 	if err != nil {
 		t.Fatal(err)
@@ -593,14 +557,7 @@ func TestBacklog(t *testing.T) {
 // rolls back. Its snapshot sees nothing that was not announced.
 func TestAnnounceWaits(t *testing.T) {
 	pool := testservers.Postgres(t)
-	listener, err := pgx.Connect(t.Context(), pool.Config().ConnString())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close(context.WithoutCancel(t.Context()))
-	if _, err := listener.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
-		t.Fatal(err)
-	}
+	listener := listen(t, pool)
 	for _, backlog := range []bool{false, true} {
 		for _, commits := range []bool{true, false} {
 			testservers.Exec(t, pool, `INSERT INTO apikey_outbox (kind) VALUES ('keys')`)
@@ -715,6 +672,20 @@ func TestDeadRows(t *testing.T) {
 	if after := buffers(); before > most || after > most {
 		t.Errorf("a call reads %d buffers, and %d beside 40,000 dead rows in %d pages", before, after, pages)
 	}
+}
+
+// listen returns a connection of its own that is sent what is announced.
+func listen(t *testing.T, pool *pgxpool.Pool) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), pool.Config().ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.WithoutCancel(t.Context())) })
+	if _, err := conn.Exec(t.Context(), `LISTEN apikey_changes`); err != nil {
+		t.Fatal(err)
+	}
+	return conn
 }
 
 // announced returns what conn has been sent so far of changes.

@@ -65,7 +65,7 @@ type wire struct {
 func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 	ctx, cancel := context.WithTimeout(ctx, max(log.lease, connectTimeout))
 	defer cancel()
-	config, err := connConfig(ctx, pool)
+	config, err := pg.ConnConfig(ctx, pool)
 	if err != nil {
 		return nil, fmt.Errorf("connecting: %w", err)
 	}
@@ -99,20 +99,6 @@ func connect(ctx context.Context, pool *pgxpool.Pool, log *Log) (*wire, error) {
 		}
 	}
 	return w, nil
-}
-
-// connConfig returns the pool's settings without its hooks, except BeforeConnect, which may
-// set the password.
-func connConfig(ctx context.Context, pool *pgxpool.Pool) (*pgx.ConnConfig, error) {
-	poolConfig := pool.Config()
-	config := poolConfig.ConnConfig.Copy()
-	if poolConfig.BeforeConnect != nil {
-		if err := poolConfig.BeforeConnect(ctx, config); err != nil {
-			return nil, err
-		}
-	}
-	config.OnNotification, config.OnNotice, config.AfterConnect, config.Tracer = nil, nil, nil, nil
-	return config, nil
 }
 
 // begin begins a session on a connection.

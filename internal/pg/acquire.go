@@ -268,17 +268,26 @@ func (s *asking) judge(err error) error {
 	return outage.As(class, err)
 }
 
-// connectOnce connects with the settings of pool, without its hooks except for BeforeConnect,
-// which may set the password.
-func connectOnce(ctx context.Context, pool *pgxpool.Pool) error {
+// ConnConfig returns the settings of pool without its hooks, except for BeforeConnect, which may
+// set the password. What that returns is no outage.
+func ConnConfig(ctx context.Context, pool *pgxpool.Pool) (*pgx.ConnConfig, error) {
 	settings := pool.Config()
 	config := settings.ConnConfig.Copy()
 	if settings.BeforeConnect != nil {
 		if err := settings.BeforeConnect(ctx, config); err != nil {
-			return outage.As(outage.Ours, err)
+			return nil, outage.As(outage.Ours, err)
 		}
 	}
 	config.OnNotification, config.OnNotice, config.AfterConnect, config.Tracer = nil, nil, nil, nil
+	return config, nil
+}
+
+// connectOnce connects with the settings of pool.
+func connectOnce(ctx context.Context, pool *pgxpool.Pool) error {
+	config, err := ConnConfig(ctx, pool)
+	if err != nil {
+		return err
+	}
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
 		return err
