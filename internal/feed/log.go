@@ -221,12 +221,13 @@ func (l *Log) Refuted(snap snapshot.Snapshot, topics ...Topic) bool {
 }
 
 func (l *Log) refuted(snap snapshot.Snapshot, topics []Topic) bool {
-	if servers := l.vouching.Load().servers; servers != nil && !slices.Contains(servers, snap.Server()) {
+	servers := l.vouching.Load().servers // nil: none is known yet
+	if servers != nil && !slices.Contains(servers, snap.Server()) {
 		return false // it is later than all that was heard
 	}
 	for i := len(l.runs) - 1; i >= 0; i-- {
 		r := l.runs[i]
-		ofRun := r.server == snap.Server() || l.vouching.Load().servers == nil // no server is known yet
+		ofRun := servers == nil || r.server == snap.Server()
 		for _, t := range topics {
 			if m := &r.marks[t.kind]; ofRun && !m.seenBy(snap, t.id) || !ofRun && m.has(t.id) { // a later run has changed it
 				return true

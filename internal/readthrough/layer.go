@@ -169,7 +169,11 @@ func (l *Layer[S, V]) load(subject S, known *Record[V], store *Store[S, V]) (ans
 	}
 	known = later(inMemory, known)
 	latest := later(known, inRedis)
+	sent := time.Now()
 	read, err := store.batches.Do(subject, latest != nil && latest.Found)
+	if outage.IsAway(err) && l.shared.Log.BegunAfter(sent) { // the feed has found a server meanwhile, to which latest may be foreign
+		read, err = store.batches.Do(subject, latest != nil && latest.Found)
+	}
 	if err != nil {
 		l.count(err)
 		latest = l.lastResort(known, inRedis, owned, store)
